@@ -1,0 +1,44 @@
+# `make demo` and `make test` set up first: .venv is made once, and again when pyproject.toml changes.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+# What is run from here sends no usage statistics.
+export DO_NOT_TRACK := 1
+export RAY_USAGE_STATS_ENABLED := 0
+export VLLM_NO_USAGE_STATS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(READY) ## make .venv: CPU engine, Ray and the tools below
+
+$(READY): pyproject.toml tools/setup.py
+	@$(PYTHON) tools/setup.py
+	@touch $@
+
+demo: $(READY) ## everything on this machine, without a GPU
+	@$(BIN)/python -m jobs.demo
+
+test: lint ## lint and all tests
+	@$(BIN)/python -m pytest
+
+check: lint ## lint and the tests that need no engine and no cluster: under a minute
+	@$(BIN)/python -m pytest -q -m "not (engine or crash or cluster or slow)" tests/unit tests/contract
+
+lint: $(READY) ## ruff and mypy
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+format: $(READY) ## ruff's fixes and formatting
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+clean: ## remove what runs leave behind; .venv stays
+	rm -rf .demo .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,145 @@
+"""Where shards run: the seam between a job and whatever hosts its workers.
+
+`cluster.batch.RayExecutor` runs them on Ray; `InProcessExecutor` runs them here, in this process.
+"""
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+from phi4ray.batch.parts import Receipt
+from phi4ray.batch.plan import Plan
+from phi4ray.batch.worker import ShardWorker, WorkerStats
+from phi4ray.config import BatchConfig, EngineConfig
+from phi4ray.engines import make_replica
+from phi4ray.protocol import Replica
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+TICK_S = 0.5
+
+
+class Executor(Protocol):
+    """Runs the two kinds of work of a job."""
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """Results in the order of the items; items are taken only a little ahead of results."""
+        ...
+
+    def run_shards(
+        self, config: BatchConfig, plan: Plan, pending: Sequence[int]
+    ) -> Iterator[Receipt | None]:
+        """Answer shards; yields each one's receipt as it is written, and None about every
+        `TICK_S` so that the caller can show progress. Closing the iterator stops the work.
+
+        Raises:
+            EngineStartError: the engine cannot start, with the cause.
+            EngineDeadError: engines die again and again without finishing a shard.
+            Phi4rayError: whatever a worker raised.
+        """
+        ...
+
+    def stats(self) -> Mapping[str, WorkerStats]:
+        """The latest stats of every worker, by its name."""
+        ...
+
+
+def shards_in_flight(config: BatchConfig, plan: Plan) -> int:
+    """Shards that one replica works on at once: enough rows to fill it twice, and one more.
+
+    One shard is being read or written while the others' rows are with the engine.
+    """
+    if config.shards_in_flight is not None:
+        return config.shards_in_flight
+    mean_rows = max(1, plan.rows // max(1, len(plan.shards)))
+    return max(2, min(64, 1 + -(-2 * config.engine.max_num_seqs // mean_rows)))
+
+
+class InProcessExecutor:
+    """One replica in this process: tests, laptops, and a single GPU without a cluster."""
+
+    def __init__(self, make: Callable[[EngineConfig], Replica] = make_replica) -> None:
+        self._make = make
+        self._worker: ShardWorker | None = None
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """See `Executor.map`."""
+        return map(function, items)
+
+    def stats(self) -> Mapping[str, WorkerStats]:
+        """See `Executor.stats`."""
+        return {"local": self._worker.stats()} if self._worker else {}
+
+    def run_shards(
+        self, config: BatchConfig, plan: Plan, pending: Sequence[int]
+    ) -> Iterator[Receipt | None]:
+        """See `Executor.run_shards`."""
+        results: queue.SimpleQueue[Receipt | BaseException | None] = queue.SimpleQueue()
+        loop = asyncio.new_event_loop()
+        main = loop.create_task(self._run(config, plan, pending, results.put))
+
+        def run() -> None:
+            asyncio.set_event_loop(loop)
+            try:
+                loop.run_until_complete(main)
+                results.put(None)
+            except BaseException as error:
+                results.put(error)
+            finally:
+                loop.run_until_complete(loop.shutdown_asyncgens())
+                loop.close()
+
+        thread = threading.Thread(target=run, name="phi4ray-shards", daemon=True)
+        thread.start()
+        try:
+            while True:
+                try:
+                    result = results.get(timeout=TICK_S)
+                except queue.Empty:
+                    yield None
+                    continue
+                if isinstance(result, BaseException):
+                    raise result
+                if result is None:
+                    return
+                yield result
+        finally:
+            if thread.is_alive():
+                loop.call_soon_threadsafe(main.cancel)
+            thread.join()
+            self._worker = None
+
+    async def _run(
+        self,
+        config: BatchConfig,
+        plan: Plan,
+        pending: Sequence[int],
+        done: Callable[[Receipt], None],
+    ) -> None:
+        replica = self._make(config.engine)
+        await replica.start()
+        try:
+            self._worker = worker = ShardWorker(config, plan, replica)
+            todo = iter(pending)
+
+            async def lane() -> None:
+                for index in todo:
+                    done(await worker.run(index))
+
+            async with asyncio.TaskGroup() as group:
+                for _ in range(shards_in_flight(config, plan)):
+                    group.create_task(lane())
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        finally:
+            await replica.stop()
+
+
+def threaded(function: Callable[[T], R], items: Iterable[T], threads: int = 32) -> list[R]:
+    """Results in order, for short requests to the store that only wait."""
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, items))

@@ -1,0 +1,60 @@
+"""A finished part as OpenAI Batch output and error files.
+
+The Parquet part stays the one receipt of its shard; the two JSONL objects are derived from it
+after all parts are done, so that they cannot disagree about a row.
+"""
+
+import io
+from typing import IO
+
+from pydantic_core import from_json, to_json
+
+from phi4ray.batch.parts import Result, read_part, results_of
+from phi4ray.batch.plan import Plan
+from phi4ray.protocol import Json
+from phi4ray.storage import join, storage_for
+
+
+def export_names(plan: Plan, shard: int) -> tuple[str, str]:
+    """The names of a shard's output and error files under the output prefix."""
+    stem = f"part-{shard:06d}-{plan.plan_id}"
+    return f"{stem}.output.jsonl", f"{stem}.errors.jsonl"
+
+
+def export_part(output: str, plan: Plan, shard: int) -> tuple[str, ...]:
+    """Write a shard's OpenAI files; returns the names written. An empty file is not written."""
+    streams: tuple[IO[bytes], IO[bytes]] = io.BytesIO(), io.BytesIO()
+    for number, row in enumerate(results_of(read_part(output, plan, shard))):
+        line = batch_line(row, f"batch_req_{plan.plan_id}_{shard:06d}_{number}")
+        streams[row.error_code is not None].write(to_json(line) + b"\n")
+    written = []
+    for name, stream in zip(export_names(plan, shard), streams, strict=True):
+        uri = join(output, name)
+        stream.seek(0)
+        if data := stream.read():
+            storage_for(uri).write(uri, data)
+            written.append(name)
+        else:  # a rerun of failed rows may leave nothing to say here
+            storage_for(uri).delete(uri)
+    return tuple(written)
+
+
+def batch_line(row: Result, request_id: str) -> Json:
+    """One line of an OpenAI Batch output or error file.
+
+    What the engine refused keeps its HTTP answer; what never reached it has only an `error`.
+    """
+    error = None
+    if row.error_code is not None:
+        error = {"code": row.error_code, "message": row.error_message}
+    response = None
+    if row.response is not None:
+        body = from_json(row.response)
+        status = 200 if error is None else _status(body)
+        response = {"status_code": status, "request_id": request_id, "body": body}
+    return {"id": request_id, "custom_id": row.id, "response": response, "error": error}
+
+
+def _status(body: Json) -> int:
+    code = body["error"].get("code") if isinstance(body.get("error"), dict) else None
+    return code if isinstance(code, int) else 400

@@ -1,0 +1,237 @@
+"""Parts: the output objects. One shard makes one part, and the part carries its own receipt.
+
+A part is complete Parquet written by one atomic write under one deterministic name, so a shard is
+done when its part exists. The receipt lies in the file's metadata under `phi4ray.receipt`.
+"""
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic_core import to_json
+
+from phi4ray.batch.plan import Plan
+from phi4ray.config import Config
+from phi4ray.errors import IncompleteOutputError, PreconditionError
+from phi4ray.protocol import Answer, Json, RowError
+from phi4ray.storage import join, storage_for
+
+RECEIPT_KEY = b"phi4ray.receipt"
+
+COLUMNS = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("source_file", pa.string(), nullable=False),
+        pa.field("source_row", pa.int64(), nullable=False),
+        ("text", pa.string()),
+        ("finish_reason", pa.string()),
+        ("response", pa.string()),
+        ("prompt_tokens", pa.int64()),
+        ("completion_tokens", pa.int64()),
+        ("error_code", pa.string()),
+        ("error_message", pa.string()),
+        pa.field("attempts", pa.int32(), nullable=False),
+        pa.field("latency_s", pa.float64(), nullable=False),
+    ]
+)
+"""The answer's columns. `response` is the whole OpenAI response, or error, as JSON text.
+
+`source_row` counts the file's rows from 0. `latency_s` is the time of the last attempt. A row
+has `error_code` or an answer, never both.
+"""
+
+LATENCY_EDGES_S = tuple(2.0**power for power in range(-8, 13))
+TOKEN_EDGES = tuple(2.0**power for power in range(19))
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One row of a part; members are `COLUMNS`."""
+
+    id: str
+    source_file: str
+    source_row: int
+    text: str | None = None
+    finish_reason: str | None = None
+    response: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+    attempts: int = 0
+    latency_s: float = 0.0
+
+    def failed(self, error: RowError) -> "Result":
+        """This row, with the reason why it has no answer."""
+        return replace(self, error_code=error.code, error_message=error.message)
+
+    def answered(self, answer: Answer) -> "Result":
+        """This row, with what the engine said: an answer or an error."""
+        response = to_json(answer.body, inf_nan_mode="null").decode()
+        if answer.status != 200:
+            return replace(self, response=response).failed(error_of(answer))
+        usage: Json = answer.body.get("usage") or {}
+        choice: Json = next(iter(answer.body.get("choices") or ()), {})
+        return replace(
+            self,
+            text=choice["message"].get("content") if "message" in choice else choice.get("text"),
+            finish_reason=choice.get("finish_reason"),
+            response=response,
+            prompt_tokens=usage.get("prompt_tokens"),
+            completion_tokens=usage.get("completion_tokens") or 0,
+        )
+
+
+def error_of(answer: Answer) -> RowError:
+    """The stable code of an OpenAI error answer: its own `code`, or its parameter's, or status'.
+
+    vLLM puts the HTTP status in `code` and says by `param` that a prompt is too long.
+    """
+    error = answer.body.get("error")
+    error = error if isinstance(error, dict) else {"message": str(answer.body)}
+    message, code = str(error.get("message") or "no message"), error.get("code")
+    if isinstance(code, str) and not code.isdigit():
+        return RowError(code, message)
+    if error.get("param") in ("input_tokens", "max_tokens", "max_completion_tokens"):
+        return RowError("context_length_exceeded", message)
+    by_status = {400: "invalid_request", 404: "not_found", 408: "timeout", 422: "invalid_request"}
+    return RowError(by_status.get(answer.status, "engine_error"), message)
+
+
+class Receipt(Config):
+    """What a part holds, written into the part. Histograms count rows by the edges above."""
+
+    plan_id: str
+    shard: int
+    rows: int
+    errors: Mapping[str, int]
+    prompt_tokens: int
+    completion_tokens: int
+    started_at: float
+    finished_at: float
+    latency_s: tuple[int, ...]
+    prompt_lengths: tuple[int, ...]
+    completion_lengths: tuple[int, ...]
+
+    @property
+    def error_rows(self) -> int:
+        """Rows without an answer."""
+        return sum(self.errors.values())
+
+
+def make_receipt(
+    plan_id: str, shard: int, results: Sequence[Result], started_at: float, finished_at: float
+) -> Receipt:
+    """Add up a shard's rows. Times are Unix seconds."""
+    good = [row for row in results if row.error_code is None]
+    return Receipt(
+        plan_id=plan_id,
+        shard=shard,
+        rows=len(results),
+        errors=dict(Counter(row.error_code for row in results if row.error_code is not None)),
+        prompt_tokens=sum(row.prompt_tokens or 0 for row in results),
+        completion_tokens=sum(row.completion_tokens or 0 for row in results),
+        started_at=started_at,
+        finished_at=finished_at,
+        latency_s=histogram([row.latency_s for row in good], LATENCY_EDGES_S),
+        prompt_lengths=histogram([row.prompt_tokens or 0 for row in good], TOKEN_EDGES),
+        completion_lengths=histogram([row.completion_tokens or 0 for row in good], TOKEN_EDGES),
+    )
+
+
+def histogram(values: Sequence[float], edges: Sequence[float]) -> tuple[int, ...]:
+    """Counts of values below the first edge, between each two, and from the last edge on."""
+    places = np.searchsorted(edges, values, side="right")
+    return tuple(int(n) for n in np.bincount(places, minlength=len(edges) + 1))
+
+
+def part_table(results: Sequence[Result], carried: pa.Table, receipt: Receipt) -> pa.Table:
+    """The table of a part: answers, then carried columns, in the order of the source rows.
+
+    A carried column whose name an answer column has becomes `input_<name>`.
+    """
+    columns = [
+        pa.array([getattr(row, column.name) for row in results], column.type) for column in COLUMNS
+    ]
+    fields = list(COLUMNS)
+    for column in carried.schema:
+        fields.append(column.with_name(output_name(column.name, carried.schema.names)))
+        columns.append(carried[column.name])
+    schema = pa.schema(fields, metadata={RECEIPT_KEY: receipt.model_dump_json()})
+    return pa.table(columns, schema=schema)
+
+
+def output_name(name: str, taken: Iterable[str]) -> str:
+    """The name of a carried column in the output."""
+    names = set(taken)
+    while name in COLUMNS.names:
+        name = f"input_{name}"
+        while name in names:
+            name = f"input_{name}"
+    return name
+
+
+def write_part(output: str, plan: Plan, table: pa.Table, *, replacing: bool = False) -> Receipt:
+    """Write a part by one atomic write; returns the receipt of the part that stands.
+
+    Where the store can refuse to overwrite, a part that a racing worker has already written is
+    kept as it is; where it cannot, the last of two complete parts wins. Either is correct.
+    """
+    receipt = receipt_of(table.schema)
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", row_group_size=4096)
+    data = buffer.getvalue()
+    uri = join(output, plan.part_name(receipt.shard))
+    storage, digest = storage_for(uri), hashlib.sha256(data).hexdigest()
+    if replacing:
+        storage.write(uri, data, sha256=digest)
+        return receipt
+    try:
+        storage.write_new(uri, data, sha256=digest)
+    except PreconditionError:
+        return read_receipt(output, plan, receipt.shard)
+    return receipt
+
+
+def read_part(output: str, plan: Plan, shard: int) -> pa.Table:
+    """Read a whole part.
+
+    Raises:
+        ObjectNotFoundError: the shard is not done.
+    """
+    uri = join(output, plan.part_name(shard))
+    return pq.read_table(io.BytesIO(storage_for(uri).read(uri)))
+
+
+def read_receipt(output: str, plan: Plan, shard: int) -> Receipt:
+    """Read a part's receipt; costs the file's footer.
+
+    Raises:
+        IncompleteOutputError: the object is no part of this plan.
+    """
+    uri = join(output, plan.part_name(shard))
+    with storage_for(uri).open(uri) as stream:
+        try:
+            receipt = receipt_of(pq.read_schema(stream))
+        except (pa.ArrowException, KeyError, ValueError) as error:
+            raise IncompleteOutputError(
+                f"{uri} is not a part that phi4ray wrote: delete it and run the job again"
+            ) from error
+    if (receipt.plan_id, receipt.shard) != (plan.plan_id, shard):
+        raise IncompleteOutputError(f"{uri} holds another shard: delete it and run the job again")
+    return receipt
+
+
+def receipt_of(schema: pa.Schema) -> Receipt:
+    """The receipt in a part's schema."""
+    return Receipt.model_validate_json((schema.metadata or {})[RECEIPT_KEY])
+
+
+def results_of(table: pa.Table) -> list[Result]:
+    """A part's rows, decoded: what a rerun of its failed rows starts from."""
+    return [Result(**row) for row in table.select(COLUMNS.names).to_pylist()]

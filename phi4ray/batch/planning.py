@@ -1,0 +1,148 @@
+"""Making a job's plan, or finding it: lists and scans the inputs, writes `_plan.json` once."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phi4ray.batch.executor import Executor
+from phi4ray.batch.files import encode_schema
+from phi4ray.batch.plan import (
+    PLAN_NAME,
+    Input,
+    Plan,
+    Slice,
+    check_same_job,
+    identity_of,
+    make_plan,
+    pack,
+    read_plan,
+    take,
+)
+from phi4ray.batch.scan import (
+    Cut,
+    Scan,
+    Unit,
+    carried_schema,
+    duplicates,
+    number_rows,
+    scan_unit,
+    units_of,
+)
+from phi4ray.config import BatchConfig
+from phi4ray.errors import ConfigError, ObjectNotFoundError, PreconditionError
+from phi4ray.storage import expand, join, storage_for
+
+
+def obtain_plan(config: BatchConfig, executor: Executor, *, dry_run: bool = False) -> Plan:
+    """The plan under the output prefix if it is this job's, else a new one, written there.
+
+    Raises:
+        PlanMismatchError: the plan there is another job's.
+    """
+    inputs = list_inputs(config)
+    identity = identity_of(config, chat_template_text(config))
+    uri = join(config.output, PLAN_NAME)
+    storage = storage_for(uri)
+    try:
+        plan = read_plan(storage.read(uri), uri)
+    except ObjectNotFoundError:
+        plan = scan_inputs(config, inputs, identity, executor)
+        if dry_run:
+            return plan
+        # Another driver may be faster; what is read back tells whether it has the same job.
+        with contextlib.suppress(PreconditionError):
+            storage.write_new(uri, plan.model_dump_json().encode())
+        plan = read_plan(storage.read(uri), uri)
+    check_same_job(plan, identity, inputs)
+    return plan
+
+
+def list_inputs(config: BatchConfig) -> list[Input]:
+    """The input objects, in order.
+
+    Raises:
+        ConfigError: answers would be written among the inputs.
+        InputError: a pattern matches nothing.
+    """
+    output = join(config.output, "")
+    inputs = [Input(uri=o.uri, size=o.size, etag=o.etag) for o in expand(config.input)]
+    for item in inputs:
+        if item.uri.startswith(output):
+            raise ConfigError(f"input {item.uri} lies under the output prefix: use another --output")
+    for pattern in config.input:
+        if output.startswith(join(pattern, "")):
+            raise ConfigError(
+                f"the output prefix lies under the input {pattern}: the next run would take "
+                "answers for prompts. Use another --output, or a glob such as */prompts/*.jsonl"
+            )
+    return inputs
+
+
+def chat_template_text(config: BatchConfig) -> str | None:
+    """The text of the job's chat template, read if the job names a file."""
+    template = config.engine.chat_template
+    if template is not None and "{" not in template:
+        try:
+            return Path(template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"chat_template {template!r} cannot be read: {error}") from error
+    return template
+
+
+def scan_inputs(
+    config: BatchConfig, inputs: Sequence[Input], identity: Mapping[str, Any], executor: Executor
+) -> Plan:
+    """Scan all inputs and cut them into shards."""
+    cut = Cut(config.shard_rows, int(config.shard_mib * (1 << 20)))
+    units = list(units_of(inputs))
+    scans = list(_scans(config, inputs, units, cut, executor))
+    slices = list(take(number_rows(scans), config.limit))
+    repeated, pair = duplicates(
+        np.concatenate([scan.ids for scan in scans])[: sum(piece.rows for piece in slices)]
+        if scans
+        else np.zeros(0, np.uint64)
+    )
+    folder = "" if config.output_format == "parquet" else "_parts/"
+    return make_plan(
+        identity,
+        inputs,
+        list(pack(slices, cut.rows, cut.bytes)),
+        carried=encode_schema(carried_schema(scans)),
+        folder=folder,
+        duplicate_ids=repeated,
+        duplicate_example=" and ".join(_place(inputs, slices, row) for row in pair or ()) or None,
+        prompt_bytes=sum(scan.prompt_bytes for scan in scans),
+    )
+
+
+def _scans(
+    config: BatchConfig,
+    inputs: Sequence[Input],
+    units: Sequence[Unit],
+    cut: Cut,
+    executor: Executor,
+) -> Iterator[Scan]:
+    """Scan units in order, and none after the job's limit."""
+    rows = 0
+    scan_one = partial(_scan_one, tuple(inputs), cut, config.limit)
+    for scan in executor.map(scan_one, units):
+        yield scan
+        rows += len(scan.ids)
+        if config.limit is not None and rows >= config.limit:
+            return
+
+
+def _scan_one(inputs: tuple[Input, ...], cut: Cut, limit: int | None, unit: Unit) -> Scan:
+    return scan_unit(inputs[unit.file], unit, cut, limit)
+
+
+def _place(inputs: Sequence[Input], slices: Sequence[Slice], row: int) -> str:
+    for piece in slices:
+        if row < piece.rows:
+            return f"{inputs[piece.file].uri}#{piece.row_start + row}"
+        row -= piece.rows
+    raise AssertionError("ids are counted by slices")

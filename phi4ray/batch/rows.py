@@ -1,0 +1,167 @@
+"""From an input record to an OpenAI request, or to the reason why there is none. Pure.
+
+A record is one decoded JSONL line or one Parquet row. Two forms are understood:
+
+    OpenAI Batch line   custom_id, method, url, body
+    columns             prompt | messages, and optionally id, sampling
+
+Every other member is carried through to the output untouched.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from pydantic_core import from_json
+
+from phi4ray.config import BatchConfig, Endpoint
+from phi4ray.protocol import Json, RowError
+
+BATCH_LINE = frozenset({"custom_id", "method", "url", "body"})
+COLUMNS = frozenset({"id", "prompt", "messages", "sampling"})
+RESERVED = BATCH_LINE | COLUMNS
+"""Members that make the request; all others are carried."""
+
+ENDPOINTS: tuple[Endpoint, ...] = get_args(Endpoint)
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What a job gives to rows that do not say it themselves."""
+
+    model: str
+    endpoint: Endpoint = "/v1/chat/completions"
+    system_prompt: str | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: BatchConfig) -> "Defaults":
+        """The defaults that a job's configuration states."""
+        return cls(
+            config.engine.model_name, config.endpoint, config.system_prompt, config.sampling
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One OpenAI request: where it goes and what is sent there."""
+
+    endpoint: Endpoint
+    body: Json
+
+
+def decode_line(line: bytes) -> Json | RowError:
+    """Decode one JSONL line into a record."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return RowError("invalid_utf8", f"the line is not UTF-8: {error.reason} at {error.start}")
+    try:
+        record = from_json(text)
+    except ValueError as error:
+        return RowError("invalid_json", f"the line is not JSON: {error}")
+    if not isinstance(record, dict):
+        return RowError("invalid_type", f"the line holds {_kind(record)}, not an object")
+    return record
+
+
+def record_id(record: Json) -> str | None:
+    """The id that a record states, as text; None where it states none."""
+    value = record.get("custom_id")
+    if value is None:
+        value = record.get("id")
+    return None if value is None else str(value)
+
+
+def to_request(record: Json, defaults: Defaults) -> Request | RowError:
+    """Turn a record into the request that answers it.
+
+    The row's own parameters win over the job's. `model` is always the job's: it is what runs.
+    """
+    try:
+        endpoint, body = _parse(record, defaults)
+    except _BadField as bad:
+        return bad.error
+    if body.get("stream"):
+        return RowError("unsupported_parameter", "'stream' has no meaning in a batch: remove it")
+    body.pop("stream_options", None)
+    return Request(endpoint, {**defaults.sampling, **body, "model": defaults.model})
+
+
+def _parse(record: Json, defaults: Defaults) -> tuple[Endpoint, Json]:
+    if record.get("body") is not None:
+        return _batch_line(record)
+    own = _object(record, "sampling") if record.get("sampling") is not None else {}
+    messages = record.get("messages")
+    if messages is not None:
+        return "/v1/chat/completions", {**own, "messages": _messages(messages)}
+    prompt = record.get("prompt")
+    if prompt is None:
+        raise _BadField("missing_prompt", "the row has no 'prompt', 'messages' or 'body'")
+    if defaults.endpoint != "/v1/chat/completions":
+        if not isinstance(prompt, str | list):
+            raise _BadField("invalid_type", f"'prompt' is {_kind(prompt)}, not a string")
+        name = "prompt" if defaults.endpoint == "/v1/completions" else "input"
+        return defaults.endpoint, {**own, name: prompt}
+    if not isinstance(prompt, str):
+        raise _BadField("invalid_type", f"'prompt' is {_kind(prompt)}, not a string")
+    chat = [{"role": "user", "content": prompt}]
+    if defaults.system_prompt is not None:
+        chat.insert(0, {"role": "system", "content": defaults.system_prompt})
+    return "/v1/chat/completions", {**own, "messages": chat}
+
+
+def _batch_line(record: Json) -> tuple[Endpoint, Json]:
+    method = record.get("method")
+    if method not in (None, "POST"):
+        raise _BadField("unsupported_method", f"'method' is {method!r}; only 'POST' is answered")
+    url = record.get("url")
+    if url not in ENDPOINTS:
+        raise _BadField("unsupported_url", f"'url' is {url!r}; known are {', '.join(ENDPOINTS)}")
+    body = _object(record, "body")
+    if url == "/v1/chat/completions":
+        if body.get("messages") is None:
+            raise _BadField("missing_prompt", "'body' has no 'messages'")
+        body["messages"] = _messages(body["messages"])
+    return url, body
+
+
+def _messages(value: Any) -> list[Any]:
+    if isinstance(value, str):
+        value = _json(value, "messages")
+    if not isinstance(value, list):
+        raise _BadField("invalid_type", f"'messages' is {_kind(value)}, not a list")
+    if not value:
+        raise _BadField("empty_messages", "'messages' is empty")
+    for message in value:
+        if not isinstance(message, dict):
+            raise _BadField("invalid_type", f"a message is {_kind(message)}, not an object")
+    return value
+
+
+def _object(record: Json, name: str) -> Json:
+    value = record[name]
+    if isinstance(value, str):
+        value = _json(value, name)
+    if not isinstance(value, dict):
+        raise _BadField("invalid_type", f"{name!r} is {_kind(value)}, not an object")
+    return dict(value)
+
+
+def _json(text: str, name: str) -> Any:
+    try:
+        return from_json(text)
+    except ValueError as error:
+        raise _BadField("invalid_json", f"{name!r} is a string but not JSON: {error}") from error
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    if value is None:
+        return "null"
+    return names.get(type(value), "a number" if isinstance(value, int | float) else "binary data")
+
+
+class _BadField(Exception):
+    def __init__(self, code: str, message: str) -> None:
+        self.error = RowError(code, message)

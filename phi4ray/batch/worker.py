@@ -1,0 +1,226 @@
+"""A shard worker: reads a shard's rows, has a replica answer them, writes the part.
+
+Several shards run at once in one worker. Their rows go to the engine in the order of the shards,
+and the next shard's rows follow at once when the last one's are handed over: nothing waits for a
+whole shard to finish.
+"""
+
+import asyncio
+import itertools
+import random
+import time
+from dataclasses import dataclass, field, replace
+
+import pyarrow as pa
+import tenacity
+
+from phi4ray.batch.files import Reader, decode_schema
+from phi4ray.batch.pacing import Lengths, Pacer, max_tokens_of, order, prompt_of
+from phi4ray.batch.parts import (
+    Receipt,
+    Result,
+    make_receipt,
+    part_table,
+    read_part,
+    read_receipt,
+    results_of,
+    write_part,
+)
+from phi4ray.batch.plan import Plan, Shard
+from phi4ray.batch.rows import Defaults, Request, record_id, to_request
+from phi4ray.config import BatchConfig
+from phi4ray.errors import ObjectNotFoundError, TransientStorageError
+from phi4ray.protocol import Answer, Replica, RowError, refusal
+
+RETRY_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+
+storage_retry = tenacity.retry(
+    retry=tenacity.retry_if_exception_type(TransientStorageError),
+    wait=tenacity.wait_random_exponential(multiplier=1, max=60),
+    stop=tenacity.stop_after_delay(600),
+    reraise=True,
+)
+"""Rides out an outage of the store: a shard's answers are worth ten minutes of waiting."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    result: Result
+    request: Request | None
+
+
+@dataclass(slots=True)
+class WorkerStats:
+    """What a worker has done so far, for progress. Counters only grow."""
+
+    rows: int = 0
+    errors: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    rows_in_flight: int = 0
+    kv_used_fraction: float = 0.0
+    running: int = 0
+    waiting: int = 0
+    open_shards: dict[int, int] = field(default_factory=dict)
+    """Finished rows of each shard whose part is not written yet."""
+
+
+class ShardWorker:
+    """Answers shards of one plan with one replica."""
+
+    def __init__(self, config: BatchConfig, plan: Plan, replica: Replica) -> None:
+        self._config = config
+        self._plan = plan
+        self._replica = replica
+        self._defaults = Defaults.of(config)
+        self._reader = Reader(plan.inputs, decode_schema(plan.carried))
+        self._pacer = Pacer(replica.kv())
+        self._lengths = Lengths()
+        self._turn = asyncio.Lock()
+        self._stats = WorkerStats()
+
+    def stats(self) -> WorkerStats:
+        """A snapshot for progress."""
+        kv = self._replica.kv()
+        self._stats.rows_in_flight = self._pacer.rows
+        self._stats.kv_used_fraction = kv.used_tokens / max(1, kv.capacity_tokens)
+        self._stats.running, self._stats.waiting = kv.running, kv.waiting
+        return self._stats
+
+    async def run(self, index: int) -> Receipt:
+        """Answer one shard and write its part, unless that has been done.
+
+        Raises:
+            EngineDeadError: the replica is gone; nothing of this shard was written.
+            InputError: the input is broken or has changed.
+            StorageError: the part could not be written.
+        """
+        shard = self._plan.shards[index]
+        if self._config.retry_errors:
+            return await self._rerun_errors(shard)
+        try:
+            return await asyncio.to_thread(
+                storage_retry(read_receipt), self._config.output, self._plan, index
+            )
+        except ObjectNotFoundError:
+            pass
+        started_at = time.time()
+        rows, carried = await asyncio.to_thread(storage_retry(self._read), shard)
+        results = await self._answer(shard, rows)
+        return await self._write(shard, results, carried, started_at, replacing=False)
+
+    async def _rerun_errors(self, shard: Shard) -> Receipt:
+        table = await asyncio.to_thread(
+            storage_retry(read_part), self._config.output, self._plan, shard.index
+        )
+        started_at = time.time()
+        old = results_of(table)
+        failed = [at for at, row in enumerate(old) if row.error_code is not None]
+        rows, carried = await asyncio.to_thread(storage_retry(self._read), shard)
+        new = await self._answer(shard, [rows[at] for at in failed])
+        for at, result in zip(failed, new, strict=True):
+            old[at] = replace(result, attempts=old[at].attempts + result.attempts)
+        return await self._write(shard, old, carried, started_at, replacing=True)
+
+    def _read(self, shard: Shard) -> tuple[list["_Row"], pa.Table]:
+        rows: list[_Row] = []
+        tables = []
+        for piece in shard.slices:
+            uri = self._plan.inputs[piece.file].uri
+            records = self._reader.read(piece)
+            tables.append(records.carried)
+            for number, record in enumerate(records.rows, piece.row_start):
+                name = f"{uri}#{number}"
+                if isinstance(record, RowError):
+                    error = RowError(record.code, f"{name}: {record.message}")
+                    rows.append(_Row(Result(name, uri, number).failed(error), None))
+                    continue
+                result = Result(record_id(record) or name, uri, number)
+                request = to_request(record, self._defaults)
+                if isinstance(request, RowError):
+                    result = result.failed(RowError(request.code, f"{name}: {request.message}"))
+                    rows.append(_Row(result, None))
+                else:
+                    rows.append(_Row(result, request))
+        return rows, pa.concat_tables(tables)
+
+    async def _answer(self, shard: Shard, rows: list["_Row"]) -> list[Result]:
+        """Have every row with a request answered; the rest are errors already."""
+        self._stats.open_shards[shard.index] = 0
+        results = [row.result for row in rows]
+        asked: list[tuple[int, Request, str, int | None]] = []
+        for at, row in enumerate(rows):
+            if row.request is None:
+                self._count(shard, row.result)
+            else:
+                body = row.request.body
+                asked.append((at, row.request, prompt_of(body), max_tokens_of(body)))
+
+        async def answer(at: int, request: Request, chars: int, demand: float) -> None:
+            try:
+                result = results[at] = await self._answer_row(results[at], request)
+            finally:
+                self._pacer.release(demand)
+            self._count(shard, result)
+            if result.prompt_tokens:
+                self._lengths.observe(chars, result.prompt_tokens, result.completion_tokens or 0)
+
+        try:
+            # Shards hand over their rows one after the other; then the next one's follow at once.
+            async with asyncio.TaskGroup() as group, self._turn:
+                for position in order([(prompt, limit) for _, _, prompt, limit in asked]):
+                    at, request, prompt, limit = asked[position]
+                    demand = self._lengths.demand(len(prompt), limit)
+                    await self._pacer.acquire(demand)
+                    group.create_task(answer(at, request, len(prompt), demand))
+        except BaseExceptionGroup as failures:
+            # One cause and not a group, so that it keeps its type over process borders.
+            raise failures.exceptions[0] from None
+        return results
+
+    async def _answer_row(self, row: Result, request: Request) -> Result:
+        for attempt in itertools.count(1):
+            started = time.perf_counter()
+            answer = await self._complete(request)
+            latency_s = time.perf_counter() - started
+            if answer.status not in RETRY_STATUS or attempt >= self._config.max_attempts:
+                break
+            await asyncio.sleep(min(10.0, 0.2 * 2**attempt) * random.uniform(0.5, 1.0))
+        return replace(row.answered(answer), attempts=attempt, latency_s=latency_s)
+
+    async def _complete(self, request: Request) -> Answer:
+        try:
+            async with asyncio.timeout(self._config.request_timeout_s):
+                return await self._replica.complete(request.endpoint, request.body)
+        except TimeoutError:
+            limit = self._config.request_timeout_s
+            return refusal("timeout", f"no answer within request_timeout_s={limit}", status=408)
+
+    def _count(self, shard: Shard, result: Result) -> None:
+        stats = self._stats
+        stats.rows += 1
+        stats.errors += result.error_code is not None
+        stats.prompt_tokens += result.prompt_tokens or 0
+        stats.completion_tokens += result.completion_tokens or 0
+        stats.open_shards[shard.index] += 1
+
+    async def _write(
+        self,
+        shard: Shard,
+        results: list[Result],
+        carried: pa.Table,
+        started_at: float,
+        *,
+        replacing: bool,
+    ) -> Receipt:
+        receipt = make_receipt(self._plan.plan_id, shard.index, results, started_at, time.time())
+
+        @storage_retry
+        def write() -> Receipt:
+            table = part_table(results, carried, receipt)
+            return write_part(self._config.output, self._plan, table, replacing=replacing)
+
+        written = await asyncio.to_thread(write)
+        del self._stats.open_shards[shard.index]
+        return written
+

@@ -1,0 +1,161 @@
+"""Configuration of engines and batch jobs: frozen, and closed to unknown keys.
+
+Names are vLLM's where vLLM has one. Units are in the names.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from phi4ray.errors import ConfigError
+
+Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+OutputFormat = Literal["parquet", "openai-jsonl"]
+
+
+class Config(BaseModel):
+    """Base of every configuration: immutable, and a misspelt key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class EngineConfig(Config):
+    """One vLLM engine. Fields have the names and meanings of `vllm serve`'s arguments.
+
+    Throughput defaults are set here and not left to vLLM, which gives an engine started without
+    a usage context 128 sequences and 2,048 batched tokens where `vllm.LLM` gets 1,024 and 16,384.
+    """
+
+    kind: Literal["vllm", "fake"] = Field(
+        "vllm", description="'fake' answers without a model: for tests and for scale"
+    )
+    model: str = Field(description="Hub name, local folder or s3:// folder of the checkpoint")
+    served_model_name: str | None = Field(None, description="Name in answers; default: `model`")
+    revision: str | None = None
+    tokenizer: str | None = None
+    dtype: str = "auto"
+    quantization: str | None = Field(None, description="e.g. 'fp8'; None reads the checkpoint's")
+    kv_cache_dtype: str = "auto"
+    load_format: str = "auto"
+    max_model_len: int | None = Field(None, ge=1, description="Context in tokens; None: model's")
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs a replica; 0 GPUs on CPU builds")
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    kv_cache_memory_bytes: int | None = Field(None, ge=1, description="Overrides the fraction")
+    max_num_seqs: int = Field(1024, ge=1)
+    max_num_batched_tokens: int = Field(16384, ge=1)
+    enable_prefix_caching: bool = True
+    enforce_eager: bool = False
+    seed: int = 0
+    chat_template: str | None = Field(None, description="Path or text; None: the checkpoint's")
+    reasoning_parser: str | None = None
+    tool_call_parser: str | None = None
+    num_gpus: float | None = Field(
+        None, ge=0, description="GPUs Ray reserves a replica; None: tensor_parallel_size"
+    )
+    num_cpus: float = Field(1.0, ge=0, description="CPUs Ray reserves a replica")
+    engine_args: Mapping[str, Any] = Field(
+        default_factory=dict, description="Any other argument of `vllm serve`, by its Python name"
+    )
+    env: Mapping[str, str] = Field(
+        default_factory=dict, description="Environment of the engine's process"
+    )
+
+    @property
+    def model_name(self) -> str:
+        """The name that answers carry and requests may use."""
+        return self.served_model_name or self.model
+
+    @property
+    def gpus_per_replica(self) -> float:
+        """What Ray reserves: fakes need no device."""
+        if self.num_gpus is not None:
+            return self.num_gpus
+        return 0.0 if self.kind == "fake" else float(self.tensor_parallel_size)
+
+
+class BatchConfig(Config):
+    """One batch job: where rows come from, what answers them, where answers go."""
+
+    input: tuple[str, ...] = Field(min_length=1, description="Files, globs, prefixes; s3:// too")
+    output: str = Field(min_length=1, description="Prefix that will hold this one job's answers")
+    engine: EngineConfig
+    endpoint: Endpoint = Field(
+        "/v1/chat/completions", description="Where `prompt` rows go; OpenAI Batch lines say it"
+    )
+    system_prompt: str | None = Field(None, description="Put before `prompt` rows of chat jobs")
+    sampling: Mapping[str, Any] = Field(
+        default_factory=dict, description="Request parameters for rows that do not set them"
+    )
+    output_format: OutputFormat = "parquet"
+    limit: int | None = Field(None, ge=1, description="Only the first N rows of the inputs")
+    shard_rows: int = Field(1000, ge=1, description="Most rows in one output part")
+    shard_mib: float = Field(64.0, gt=0, description="Most input bytes in one output part")
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int | None = Field(None, ge=1, description="None: as many as the cluster fits")
+    shards_in_flight: int | None = Field(
+        None, ge=1, description="Shards a replica works on at once; None: enough to keep it full"
+    )
+    max_attempts: int = Field(4, ge=1, description="Tries of a row whose engine fails it")
+    request_timeout_s: float | None = Field(None, gt=0, description="None: a row may take forever")
+    max_error_fraction: float | None = Field(
+        None, ge=0, le=1, description="Stop once more of the finished rows than this failed"
+    )
+    retry_errors: bool = Field(False, description="Rerun only the failed rows of a finished job")
+    gpu_hour_price: float | None = Field(None, ge=0, description="Currency units a GPU hour")
+    progress_interval_s: float = Field(10.0, gt=0, description="Between lines off a terminal")
+
+    @model_validator(mode="after")
+    def _check(self) -> "BatchConfig":
+        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
+            raise ValueError("max_replicas is below min_replicas")
+        for reserved in ("stream", "model", "messages", "prompt", "input"):
+            if reserved in self.sampling:
+                raise ValueError(f"sampling cannot set {reserved!r}: it belongs to the row")
+        return self
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge configuration layers, later ones winning; nested mappings merge by key."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            below = merged.get(key)
+            if isinstance(value, Mapping) and isinstance(below, Mapping):
+                merged[key] = merge(below, value)
+            else:
+                merged[key] = value
+    return merged
+
+
+def load_yaml(text: str, source: str) -> dict[str, Any]:
+    """Decode a YAML config file.
+
+    Raises:
+        ConfigError: it is no YAML mapping.
+    """
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{source} must hold a mapping, not {type(value).__name__}")
+    return value
+
+
+def batch_config(*layers: Mapping[str, Any]) -> BatchConfig:
+    """Validate merged layers (recipe, YAML file, flags) into a `BatchConfig`.
+
+    Raises:
+        ConfigError: names every field that is wrong.
+    """
+    try:
+        return BatchConfig.model_validate(merge(*layers))
+    except ValidationError as error:
+        lines = [
+            f"  {'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors()
+        ]
+        raise ConfigError("the configuration is not valid:\n" + "\n".join(lines)) from error

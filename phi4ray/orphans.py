@@ -1,0 +1,64 @@
+"""Leave no engine behind: kill what a process started, even when that process is SIGKILLed.
+
+vLLM's engine is a child process and does not notice that its parent was killed; it would keep
+the GPU's memory, and the replacement actor could not start. Linux's PR_SET_PDEATHSIG fires when
+the *thread* that started the child ends, so it does not fit either. A watcher does: a process of
+its own session that waits for the end of a pipe and then kills every process that carries the
+owner's mark in its environment. Children must be spawned, not forked, to carry the mark.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+
+import psutil
+
+MARK = "PHI4RAY_ORPHANS_OF"
+
+
+@contextlib.contextmanager
+def kill_orphans() -> Iterator[None]:
+    """Kill every process started inside the block when it ends, however this process ends."""
+    mark = uuid.uuid4().hex
+    watcher = subprocess.Popen(
+        [sys.executable, os.path.abspath(__file__), mark],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    before = os.environ.get(MARK)
+    os.environ[MARK] = mark
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[MARK]
+        else:
+            os.environ[MARK] = before
+        assert watcher.stdin is not None
+        watcher.stdin.close()
+        watcher.wait()
+
+
+def kill_marked(mark: str) -> None:
+    """SIGKILL every process of this user that has the mark in its environment."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+                process.kill()
+
+
+def main() -> None:
+    """Wait until the owner closes our stdin, by intent or by dying; then kill what it left."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.stdin.buffer.read()
+    kill_marked(sys.argv[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What a replica is, whoever runs it: the shapes that batch, serving and engines share."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from phi4ray.config import Endpoint
+
+Json = dict[str, Any]
+"""A JSON object, decoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowError:
+    """Why a row has no answer. `code` is stable and meant for programs, `message` for people."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an OpenAI server would have sent: an HTTP status and the decoded JSON body.
+
+    Status 200 carries the OpenAI response object; any other an object with an `error` member.
+    """
+
+    status: int
+    body: Json
+
+
+def refusal(code: str, message: str, status: int = 400) -> Answer:
+    """An error in OpenAI's shape, for what no OpenAI server was asked or what one lets pass."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return Answer(status, {"error": {"message": message, "type": kind, "code": code}})
+
+
+@dataclass(frozen=True, slots=True)
+class KVState:
+    """The engine's KV cache and queue, in tokens and requests, as the engine reports them.
+
+    `capacity_tokens` is fixed after start; the rest is a snapshot of the last engine step.
+    """
+
+    capacity_tokens: int
+    used_tokens: int
+    running: int
+    waiting: int
+    max_num_seqs: int
+    max_model_len: int
+
+
+class Replica(Protocol):
+    """One engine behind one OpenAI application.
+
+    Contract, checked by `tests/contract/test_replica.py` against every implementation:
+    `complete` never raises for a bad request (it answers 4xx); it raises `EngineDeadError` when
+    the engine is gone, and nothing after that works. Cancelling `complete` frees its KV tokens.
+    """
+
+    async def start(self) -> None:
+        """Load the model and be ready to answer.
+
+        Raises:
+            EngineStartError: the engine cannot start; the message holds the cause.
+        """
+        ...
+
+    async def complete(self, endpoint: Endpoint, body: Json) -> Answer:
+        """Answer one OpenAI request.
+
+        Raises:
+            EngineDeadError: the engine died before or while answering.
+        """
+        ...
+
+    def kv(self) -> KVState:
+        """The current state of the KV cache; costs microseconds, never blocks."""
+        ...
+
+    async def stop(self) -> None:
+        """Abort what runs and free the device. Idempotent."""
+        ...

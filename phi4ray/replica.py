@@ -1,0 +1,196 @@
+"""A replica: one vLLM engine behind vLLM's own OpenAI application. The only importer of vLLM.
+
+Works with vLLM 0.25.1 (old module names) and 0.32 (`vllm.entrypoints.launchers`). Nothing of the
+OpenAI protocol is written here: requests go to vLLM's serving objects, and whatever those refuse
+goes through vLLM's ASGI application, which words the error as its server does.
+"""
+
+import asyncio
+import contextlib
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.stats import SchedulerStats
+
+from phi4ray.config import Endpoint, EngineConfig
+from phi4ray.errors import ConfigError, EngineDeadError, EngineStartError
+from phi4ray.orphans import kill_orphans
+from phi4ray.protocol import Answer, Json, KVState, refusal
+
+try:
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+except ModuleNotFoundError:  # vLLM 0.25
+    from vllm.entrypoints.openai.api_server import build_app, init_app_state
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+
+_NOT_ENGINE_ARGS = {"kind", "num_gpus", "num_cpus", "engine_args", "env"}
+
+
+class VllmReplica:
+    """A `phi4ray.protocol.Replica` on a real vLLM engine in a child process."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.app: Any = None
+        """vLLM's ASGI application, once started."""
+        self._engine: AsyncLLM | None = None
+        self._vllm_config: VllmConfig | None = None
+        self._stats = SchedulerStats()
+        self._handlers: dict[str, tuple[type[Any], frozenset[str], Callable[..., Any]]] = {}
+        self._http: httpx.AsyncClient | None = None
+        self._guard = contextlib.ExitStack()
+
+    async def start(self) -> None:
+        """Load the model; see `phi4ray.protocol.Replica.start`."""
+        os.environ.update(self.config.env)
+        # Forked children would not carry the mark that lets orphans be found.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+        self._guard.enter_context(kill_orphans())
+        try:
+            await self._start(server_args(self.config))
+        except (Exception, SystemExit) as error:
+            await self.stop()
+            raise EngineStartError(
+                f"vLLM cannot start {self.config.model!r}: {type(error).__name__}: {error}"
+            ) from error
+
+    async def _start(self, args: Namespace) -> None:
+        self._vllm_config = config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
+            UsageContext.OPENAI_API_SERVER
+        )
+        self._engine = engine = AsyncLLM.from_vllm_config(
+            config,
+            usage_context=UsageContext.OPENAI_API_SERVER,
+            stat_loggers=[self._stat_logger],
+            disable_log_stats=args.disable_log_stats,
+        )
+        tasks = await engine.get_supported_tasks()
+        self.app = build_app(args, tasks, config.model_config)
+        state = self.app.state
+        await init_app_state(engine, state, args, tasks)
+        for endpoint, request_type, serving, method in (
+            ("/v1/chat/completions", ChatCompletionRequest, "openai_serving_chat",
+             "create_chat_completion"),
+            ("/v1/completions", CompletionRequest, "openai_serving_completion",
+             "create_completion"),
+        ):  # fmt: skip
+            if handler := getattr(state, serving, None):
+                fields = request_type.model_fields
+                names = frozenset(fields) | {f.alias for f in fields.values() if f.alias}
+                self._handlers[endpoint] = request_type, names, getattr(handler, method)
+        self._http = httpx.AsyncClient(
+            transport=httpx.ASGITransport(app=self.app, raise_app_exceptions=False),
+            base_url="http://replica",
+            timeout=None,
+        )
+
+    def _stat_logger(self, config: VllmConfig, engine_index: int = 0) -> StatLoggerBase:
+        return _LatestStats(self, config, engine_index)
+
+    async def complete(self, endpoint: Endpoint, body: Json) -> Answer:
+        """Answer one request; see `phi4ray.protocol.Replica.complete`.
+
+        The serving objects are called directly, which spares the HTTP layer's share of a request
+        (see benchmarks/RESULTS.md). What they refuse by an exception is sent through the
+        application once more: it fails the same way, before any work, and is worded there.
+        """
+        if endpoint in self._handlers:
+            request_type, names, handler = self._handlers[endpoint]
+            # vLLM ignores parameters it does not know; a batch of answers that silently lack
+            # what was asked for is worse than an error row.
+            if unknown := body.keys() - names:
+                return refusal("unknown_parameter", f"unknown parameter {min(unknown)!r}")
+            try:
+                response = await handler(request_type.model_validate(body))
+            except Exception as error:
+                self._check_alive(error)
+            else:
+                content: Json = response.model_dump()
+                if "error" not in content:
+                    return Answer(200, content)
+                self._check_alive()
+                return Answer(int(content["error"]["code"]), content)
+        assert self._http is not None, "start() comes first"
+        reply = await self._http.post(endpoint, json=body)
+        self._check_alive()
+        try:
+            return Answer(reply.status_code, reply.json())
+        except ValueError:
+            return refusal("engine_error", reply.text or "empty answer", status=500)
+
+    def _check_alive(self, cause: Exception | None = None) -> None:
+        if self._engine is None or self._engine.errored:
+            raise EngineDeadError("the vLLM engine died; its log above says why") from cause
+
+    def kv(self) -> KVState:
+        """See `phi4ray.protocol.Replica.kv`."""
+        assert self._vllm_config is not None, "start() comes first"
+        config, stats = self._vllm_config, self._stats
+        cache = config.cache_config
+        capacity = cache.kv_cache_size_tokens or (cache.num_gpu_blocks or 0) * cache.block_size
+        return KVState(
+            capacity_tokens=capacity,
+            used_tokens=round(stats.kv_cache_usage * capacity),
+            running=stats.num_running_reqs,
+            waiting=stats.num_waiting_reqs,
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            max_model_len=config.model_config.max_model_len,
+        )
+
+    async def stop(self) -> None:
+        """See `phi4ray.protocol.Replica.stop`."""
+        engine, self._engine = self._engine, None
+        if self._http is not None:
+            await self._http.aclose()
+        if engine is not None:
+            await asyncio.to_thread(engine.shutdown)
+        self._guard.close()
+
+
+class _LatestStats(StatLoggerBase):
+    """Keeps the newest scheduler statistics where `VllmReplica.kv` reads them."""
+
+    def __init__(self, replica: VllmReplica, config: VllmConfig, engine_index: int = 0) -> None:
+        self._replica = replica
+
+    def record(
+        self,
+        scheduler_stats: SchedulerStats | None,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        if scheduler_stats is not None:
+            self._replica._stats = scheduler_stats
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say."""
+
+
+def server_args(config: EngineConfig) -> Namespace:
+    """Turn an engine's configuration into the arguments of vLLM's own API server.
+
+    Raises:
+        ConfigError: vLLM has no such argument.
+    """
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    given = config.model_dump(exclude=_NOT_ENGINE_ARGS, exclude_none=True)
+    given["served_model_name"] = [config.model_name]
+    for name, value in {**given, **config.engine_args}.items():
+        if not hasattr(args, name):
+            raise ConfigError(f"this vLLM has no engine argument {name!r}: see `vllm serve --help`")
+        setattr(args, name, value)
+    return args
