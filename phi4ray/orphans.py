@@ -12,20 +12,27 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 
 import psutil
 
 MARK = "PHI4RAY_ORPHANS_OF"
+LONGEST_EXIT_S = 60.0
+"""A process with tens of GiB on a GPU takes seconds to exit; after a minute it hangs."""
 
 
 @contextlib.contextmanager
 def kill_orphans() -> Iterator[None]:
-    """Kill every process started inside the block when it ends, however this process ends."""
+    """Kill every process started inside the block when it ends, however this process ends.
+
+    Waits first until such processes of dead owners are gone, and their memory with them.
+    """
+    _await_watchers_of_the_dead()
     mark = uuid.uuid4().hex
     watcher = subprocess.Popen(
-        [sys.executable, os.path.abspath(__file__), mark],
+        [sys.executable, os.path.abspath(__file__), mark, str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
@@ -36,7 +43,7 @@ def kill_orphans() -> Iterator[None]:
         yield
     finally:
         if before is None:
-            del os.environ[MARK]
+            os.environ.pop(MARK, None)
         else:
             os.environ[MARK] = before
         assert watcher.stdin is not None
@@ -44,12 +51,29 @@ def kill_orphans() -> Iterator[None]:
         watcher.wait()
 
 
+def _await_watchers_of_the_dead() -> None:
+    deadline = time.monotonic() + LONGEST_EXIT_S
+    while time.monotonic() < deadline and any(_watched_owners_that_died()):
+        time.sleep(0.1)
+
+
+def _watched_owners_that_died() -> Iterator[int]:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ValueError):
+            command = process.cmdline()
+            if os.path.abspath(__file__) in command and not psutil.pid_exists(int(command[-1])):
+                yield int(command[-1])
+
+
 def kill_marked(mark: str) -> None:
-    """SIGKILL every process of this user that has the mark in its environment."""
+    """SIGKILL every process of this user that has the mark in its environment; wait for the end."""
+    killed = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.pid != os.getpid() and process.environ().get(MARK) == mark:
                 process.kill()
+                killed.append(process)
+    psutil.wait_procs(killed, timeout=LONGEST_EXIT_S)
 
 
 def main() -> None:

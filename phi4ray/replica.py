@@ -23,6 +23,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
 
+from phi4ray import engine_log
 from phi4ray.config import Endpoint, EngineConfig
 from phi4ray.errors import ConfigError, EngineDeadError, EngineStartError
 from phi4ray.orphans import kill_orphans
@@ -59,12 +60,15 @@ class VllmReplica:
         # Forked children would not carry the mark that lets orphans be found.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
         self._guard.enter_context(kill_orphans())
+        logged = engine_log.watch()
         try:
             await self._start(server_args(self.config))
         except (Exception, SystemExit) as error:
             await self.stop()
+            cause = logged()
             raise EngineStartError(
                 f"vLLM cannot start {self.config.model!r}: {type(error).__name__}: {error}"
+                + (f"\nThe engine's log says: {cause}" if cause else "")
             ) from error
 
     async def _start(self, args: Namespace) -> None:

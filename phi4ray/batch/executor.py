@@ -4,8 +4,8 @@
 """
 
 import asyncio
+import contextlib
 import queue
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
@@ -78,39 +78,17 @@ class InProcessExecutor:
         self, config: BatchConfig, plan: Plan, pending: Sequence[int]
     ) -> Iterator[Receipt | None]:
         """See `Executor.run_shards`."""
-        results: queue.SimpleQueue[Receipt | BaseException | None] = queue.SimpleQueue()
         loop = asyncio.new_event_loop()
-        main = loop.create_task(self._run(config, plan, pending, results.put))
+        receipts: queue.SimpleQueue[Receipt] = queue.SimpleQueue()
+        main = loop.create_task(self._run(config, plan, pending, receipts.put))
 
-        def run() -> None:
-            asyncio.set_event_loop(loop)
-            try:
-                loop.run_until_complete(main)
-                results.put(None)
-            except BaseException as error:
-                results.put(error)
-            finally:
-                loop.run_until_complete(loop.shutdown_asyncgens())
-                loop.close()
-
-        thread = threading.Thread(target=run, name="phi4ray-shards", daemon=True)
-        thread.start()
-        try:
-            while True:
-                try:
-                    result = results.get(timeout=TICK_S)
-                except queue.Empty:
-                    yield None
-                    continue
-                if isinstance(result, BaseException):
-                    raise result
-                if result is None:
-                    return
-                yield result
-        finally:
-            if thread.is_alive():
+        def stop() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended by itself
                 loop.call_soon_threadsafe(main.cancel)
-            thread.join()
+
+        try:
+            yield from in_thread(lambda: _run_loop(loop, main), receipts, stop)
+        finally:
             self._worker = None
 
     async def _run(
@@ -137,6 +115,37 @@ class InProcessExecutor:
             raise failures.exceptions[0] from None
         finally:
             await replica.stop()
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop, main: asyncio.Task[None]) -> None:
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_until_complete(main)
+    finally:
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+def in_thread(
+    work: Callable[[], None], results: "queue.SimpleQueue[T]", stop: Callable[[], None]
+) -> Iterator[T | None]:
+    """Run work in a thread; yields what it puts into `results`, and None at least each `TICK_S`.
+
+    Raises what the work raises, after all it had put. A consumer that goes away calls `stop` and
+    waits for the thread's end.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="phi4ray-shards") as pool:
+        running = pool.submit(work)
+        try:
+            while not (ended := running.done()) or not results.empty():
+                try:
+                    yield results.get(timeout=0 if ended else TICK_S)
+                except queue.Empty:
+                    yield None
+            running.result()
+        finally:
+            if not running.done():
+                stop()
 
 
 def threaded(function: Callable[[T], R], items: Iterable[T], threads: int = 32) -> list[R]:

@@ -1,0 +1,268 @@
+"""Our batch job against bare `vllm.LLM.generate` and against `ray.data.llm`.
+
+    python benchmarks/batch_overhead.py --engine cpu
+    python benchmarks/batch_overhead.py --engine h200 --shapes 512x256 128x16
+
+The same rows and engine arguments on every side, each side in a process of its own, one after the
+other. Compared is the engine phase: from the moment when the engine is ready to the last answer
+(bare), or to the last durable part (the jobs). All answers have the same length (`ignore_eos`).
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "max_model_len": 2048,
+        "kv_cache_memory_bytes": 1 << 30,
+        "max_num_seqs": 256,
+        "max_num_batched_tokens": 4096,
+    },
+    "h200": {
+        "load_format": "dummy",
+        "quantization": "fp8",
+        "kv_cache_dtype": "fp8",
+        "max_model_len": 16384,
+        "gpu_memory_utilization": 0.9,
+        "max_num_seqs": 1024,
+        "max_num_batched_tokens": 16384,
+    },
+}
+SIDES = ("bare", "ours", "ray.data.llm")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--engine", choices=sorted(ENGINES), default="cpu")
+    parser.add_argument(
+        "--shapes", nargs="+", default=["512x256", "128x16"], help="prompt x answer tokens"
+    )
+    parser.add_argument("--rows", type=int, nargs="+", default=None, help="rows of each shape")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument(
+        "--repeat", type=int, default=1, help="rounds; the best of each side counts"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=None, help="JSON file to add the results to"
+    )
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        run_side(arguments.side, arguments.engine, arguments.folder)
+        return
+    rows = arguments.rows or [{"cpu": 512, "h200": 4096}[arguments.engine]] * len(arguments.shapes)
+    results = []
+    for shape, count in zip(arguments.shapes, rows, strict=True):
+        with tempfile.TemporaryDirectory(prefix="phi4ray-") as name:
+            folder = Path(name)
+            prepare(folder, arguments.engine, shape, count)
+            for round_ in range(arguments.repeat):
+                for side in arguments.sides:
+                    result = measure(side, arguments.engine, folder)
+                    results.append(
+                        {"shape": shape, "rows": count, "side": side, "round": round_} | result
+                    )
+                    print(json.dumps(results[-1]), flush=True)
+    show(results)
+    if arguments.results:
+        arguments.results.write_text(json.dumps(results, indent=1))
+
+
+def prepare(folder: Path, engine: str, shape: str, rows: int) -> None:
+    """Write the model's folder and the prompts: random words, so that no prefix is shared."""
+    from transformers import AutoTokenizer
+
+    from phi4ray.train.tiny import make_dummy_model, make_tiny_model
+
+    model = folder / "model"
+    if engine == "h200":
+        make_dummy_model(model, "microsoft/phi-4")
+    else:
+        make_tiny_model(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompt_tokens, answer_tokens = map(int, shape.split("x"))
+    random_ = random.Random(0)
+    words = sorted({word for word in (ROOT / "README.md").read_text().split() if word.isascii()})
+    (folder / "prompts").mkdir()
+    with (folder / "prompts" / "prompts.jsonl").open("w") as stream:
+        for number in range(rows):
+            text = " ".join(random_.choices(words, k=prompt_tokens))
+            ids = tokenizer.encode(text)[:prompt_tokens]
+            stream.write(json.dumps({"id": str(number), "prompt": tokenizer.decode(ids)}) + "\n")
+    sampling = {"temperature": 0.0, "max_tokens": answer_tokens, "ignore_eos": True}
+    (folder / "sampling.json").write_text(json.dumps(sampling))
+
+
+def measure(side: str, engine: str, folder: Path) -> dict[str, Any]:
+    """Run one side in a process of its own; gives what it printed last, as JSON."""
+    command = [
+        sys.executable,
+        __file__,
+        "--side",
+        side,
+        "--engine",
+        engine,
+        "--folder",
+        str(folder),
+    ]
+    began = time.monotonic()
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        print(done.stdout, file=sys.stderr)
+        return {"failed": done.returncode}
+    return json.loads(done.stdout.splitlines()[-1]) | {"wall_s": round(time.monotonic() - began, 1)}
+
+
+def run_side(side: str, engine: str, folder: Path) -> None:
+    sampling = json.loads((folder / "sampling.json").read_text())
+    run = {"bare": bare, "ours": ours, "ray.data.llm": ray_data_llm}[side]
+    result = run(str(folder / "model"), ENGINES[engine], folder / "prompts", sampling, engine)
+    total = result["prompt_tokens"] + result["completion_tokens"]
+    print(json.dumps(result | {"tokens_per_s": round(total / result["engine_s"], 1)}))
+
+
+def bare(
+    model: str, engine: dict[str, Any], prompts: Path, sampling: dict[str, Any], kind: str
+) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+
+    texts = [json.loads(line)["prompt"] for line in (prompts / "prompts.jsonl").open()]
+    llm = LLM(model, **engine)
+    began = time.monotonic()
+    outputs = llm.generate(texts, SamplingParams(**sampling), use_tqdm=False)
+    return {
+        "engine_s": time.monotonic() - began,
+        "prompt_tokens": sum(len(output.prompt_token_ids or ()) for output in outputs),
+        "completion_tokens": sum(len(output.outputs[0].token_ids) for output in outputs),
+    }
+
+
+def ours(
+    model: str, engine: dict[str, Any], prompts: Path, sampling: dict[str, Any], kind: str
+) -> dict[str, Any]:
+    from cluster.batch import RayExecutor
+    from cluster.local import connected
+    from phi4ray.batch.run import run_batch
+    from phi4ray.config import batch_config
+
+    console = Console(stderr=True)
+    settings = engine | {"model": model} | ({"num_gpus": 0} if kind == "cpu" else {})
+    with tempfile.TemporaryDirectory(prefix="phi4ray-answers-") as output:
+        config = batch_config(
+            {
+                "input": [str(prompts)],
+                "output": output,
+                "endpoint": "/v1/completions",
+                "engine": settings,
+                "sampling": sampling,
+                "shard_rows": 128,
+                "max_replicas": 1,
+            }
+        )
+        with connected(num_cpus=os.cpu_count()):
+            summary = run_batch(config, RayExecutor(console), console)
+    assert not summary.errors, summary.errors
+    return {
+        "engine_s": summary.engine_s,
+        "first_part_s": summary.first_part_s,
+        "prompt_tokens": summary.prompt_tokens,
+        "completion_tokens": summary.completion_tokens,
+    }
+
+
+def ray_data_llm(
+    model: str, engine: dict[str, Any], prompts: Path, sampling: dict[str, Any], kind: str
+) -> dict[str, Any]:
+    import pyarrow.parquet as pq
+    import ray.data
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+    from cluster.local import connected
+
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-answers-") as output,
+        connected(num_cpus=os.cpu_count()),
+    ):
+        config = vLLMEngineProcessorConfig(
+            model_source=model,
+            engine_kwargs=engine,
+            batch_size=128,
+            concurrency=1,
+            chat_template_stage=False,
+            tokenize_stage=False,
+            detokenize_stage=False,
+            **(
+                {"resources_per_bundle": {"CPU": 1}, "accelerator_type": None}
+                if kind == "cpu"
+                else {}
+            ),
+        )
+        processor = build_processor(
+            config,
+            preprocess=lambda row: {
+                "prompt": row["prompt"],
+                "id": row["id"],
+                "sampling_params": sampling,
+            },
+            postprocess=lambda row: {
+                "id": row["id"],
+                "text": row["generated_text"],
+                "prompt_tokens": row["num_input_tokens"],
+                "completion_tokens": row["num_generated_tokens"],
+                # When the engine got the row: the first one's moment is when it was ready.
+                "began": time.time() - row["time_taken_llm"],
+            },
+        )
+        data = ray.data.read_json(str(prompts), override_num_blocks=32)
+        processor(data).write_parquet(output)
+        ended = time.time()
+        table = pq.read_table(output)
+    began = min(table["began"].to_pylist())
+    return {
+        "engine_s": ended - began,
+        "prompt_tokens": sum(table["prompt_tokens"].to_pylist()),
+        "completion_tokens": sum(table["completion_tokens"].to_pylist()),
+    }
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """Print every side's best round, as a share of bare vLLM's."""
+    table = Table("shape", "rows", "side", "engine s", "tok/s", "of bare", "first part s")
+    best: dict[tuple[str, str], dict[str, Any]] = {}
+    for result in results:
+        key = result["shape"], result["side"]
+        if result.get("tokens_per_s", 0) >= best.get(key, {}).get("tokens_per_s", 0):
+            best[key] = result
+    for (shape, side), result in best.items():
+        if "failed" in result:
+            table.add_row(shape, str(result["rows"]), side, "failed")
+            continue
+        peer = best.get((shape, "bare"), {}).get("tokens_per_s")
+        first = result.get("first_part_s")
+        table.add_row(
+            shape, str(result["rows"]), side, f"{result['engine_s']:.1f}",
+            f"{result['tokens_per_s']:,.0f}",
+            f"{result['tokens_per_s'] / peer:.3f}" if peer else "",
+            f"{first:.1f}" if first is not None else "",
+        )  # fmt: skip
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()

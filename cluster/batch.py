@@ -1,0 +1,176 @@
+"""The batch job on Ray: Ray Data schedules shards over an autoscaling pool of replicas."""
+
+import logging
+import os
+import queue
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import ray
+import ray.data
+from rich.console import Console
+
+from cluster.board import start_board
+from cluster.worker import RayShardWorker, receipts_of
+from phi4ray.batch.executor import in_thread, shards_in_flight
+from phi4ray.batch.parts import Receipt
+from phi4ray.batch.plan import Plan
+from phi4ray.batch.worker import WorkerStats
+from phi4ray.config import BatchConfig, EngineConfig
+from phi4ray.errors import ClusterError, Phi4rayError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+# What workers must know and cannot guess. Secrets are not among it: they come with the node.
+ENVIRONMENT = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_REQUEST_CHECKSUM_CALCULATION",
+    "AWS_RESPONSE_CHECKSUM_VALIDATION",
+    "VLLM_LOGGING_LEVEL",
+    "VLLM_NO_USAGE_STATS",
+    "DO_NOT_TRACK",
+)
+
+
+class RayExecutor:
+    """A `phi4ray.batch.executor.Executor` on the Ray cluster that this process is connected to."""
+
+    def __init__(self, console: Console) -> None:
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of its every step
+        self._console = console
+        self._board: Any = None
+        self._stats: dict[str, WorkerStats] = {}
+        # vLLM's start log is of use where it failed, and there its errors are enough.
+        self._environment = {"VLLM_LOGGING_LEVEL": "WARNING"} | {
+            name: os.environ[name] for name in ENVIRONMENT if name in os.environ
+        }
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """See `phi4ray.batch.executor.Executor.map`: one task an item, a window of them ahead."""
+        window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        running: deque[Any] = deque()
+        task = _apply.options(name=f"phi4ray:{getattr(function, 'func', function).__name__}")
+        try:
+            for item in items:
+                running.append(task.remote(function, item, self._environment))
+                if len(running) >= window:
+                    yield ray.get(running.popleft())
+            while running:
+                yield ray.get(running.popleft())
+        except ray.exceptions.RayError as error:
+            raise translated(error) from error
+        finally:
+            for ref in running:
+                ray.cancel(ref, force=True)
+
+    def stats(self) -> Mapping[str, WorkerStats]:
+        """See `phi4ray.batch.executor.Executor.stats`."""
+        if self._board is not None:
+            ready, _ = ray.wait([self._board.stats.remote()], timeout=1.0)
+            if ready:  # else it is being restarted, and what is known stands
+                self._stats = ray.get(ready[0])
+        return self._stats
+
+    def run_shards(
+        self, config: BatchConfig, plan: Plan, pending: Sequence[int]
+    ) -> Iterator[Receipt | None]:
+        """See `phi4ray.batch.executor.Executor.run_shards`."""
+        self._warn_of_missing(config.engine)
+        self._board = board = start_board()
+        receipts: queue.SimpleQueue[Receipt] = queue.SimpleQueue()
+        data = self._dataset(config, plan, pending)
+
+        def work() -> None:
+            for batch in data.iter_batches(batch_size=None, prefetch_batches=0):
+                for receipt in receipts_of(batch):
+                    receipts.put(receipt)
+
+        try:
+            yield from in_thread(work, receipts, lambda: ray.get(board.stop.remote()))
+        except Exception as error:
+            raise ray.get(board.failure.remote()) or translated(error) from error
+        finally:
+            self.stats()
+            self._board = None
+            ray.kill(board)
+
+    def _dataset(self, config: BatchConfig, plan: Plan, pending: Sequence[int]) -> Any:
+        """Shard indices through a pool of replicas; one block, hence one task, a shard."""
+        engine = config.engine
+        at_once = shards_in_flight(config, plan)
+        most = min(config.max_replicas or self._fits(engine), len(pending))
+        fewest = min(config.min_replicas, most)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        context.max_consecutive_actor_init_deaths = 3
+        # A pool whose every replica has its shards is due for one more.
+        context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
+        shards = ray.data.from_items(list(pending), override_num_blocks=len(pending))
+        return shards.map_batches(
+            RayShardWorker,
+            fn_constructor_kwargs={
+                "config": config,
+                "plan": ray.put(plan),
+                "board": self._board,
+                "environment": self._environment,
+            },
+            batch_size=None,
+            compute=ray.data.ActorPoolStrategy(
+                min_size=fewest,
+                max_size=most,
+                max_tasks_in_flight_per_actor=at_once,
+                max_concurrent_calls_per_actor=at_once,
+                enable_true_multi_threading=True,
+            ),
+            num_gpus=engine.gpus_per_replica,
+            num_cpus=engine.num_cpus,
+        )
+
+    def _fits(self, engine: EngineConfig) -> int:
+        """The replicas that an autoscaling cluster may come to hold: for GPUs, no bound of ours.
+
+        CPU replicas all want every core of their node, so there is one a node.
+        """
+        if engine.gpus_per_replica:
+            return 1 << 16
+        return sum(node["Alive"] for node in ray.nodes())
+
+    def _warn_of_missing(self, engine: EngineConfig) -> None:
+        total = ray.cluster_resources()
+        wanted = {"GPU": engine.gpus_per_replica, "CPU": engine.num_cpus}
+        for name, amount in wanted.items():
+            if amount > total.get(name, 0):
+                self._console.print(
+                    f"a replica needs {amount:g} {name}, the cluster has {total.get(name, 0):g}: "
+                    "waiting for nodes to join",
+                    style="yellow",
+                )
+
+
+@ray.remote(max_retries=3)
+def _apply(function: Callable[[Any], Any], item: Any, environment: Mapping[str, str]) -> Any:
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+    return function(item)
+
+
+def translated(error: BaseException) -> BaseException:
+    """Give the error that a worker raised on purpose, out of the layers that Ray puts around it."""
+    seen: set[int] = set()
+    inner: BaseException | None = error
+    while inner is not None and id(inner) not in seen:
+        if isinstance(inner, Phi4rayError) and not isinstance(inner, ray.exceptions.RayError):
+            return inner
+        seen.add(id(inner))
+        inner = getattr(inner, "cause", None) or inner.__cause__ or inner.__context__
+    summary = str(error).strip().splitlines() or [""]
+    return ClusterError(
+        f"Ray failed the job: {type(error).__name__}: {summary[-1]}. The same command goes on from "
+        "the parts that are done"
+    )

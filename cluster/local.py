@@ -1,0 +1,50 @@
+"""Connecting to a Ray cluster: the one this job was submitted to, a running one, or a local one."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray
+
+from phi4ray.errors import ClusterError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@contextlib.contextmanager
+def connected(*, num_cpus: int | None = None) -> Iterator[None]:
+    """Be connected to Ray inside the block.
+
+    `RAY_ADDRESS` (which `ray job submit` sets) or a cluster running on this machine is used; where
+    there is none, a local one is started, with `num_cpus` cores, and stopped at the end.
+
+    Raises:
+        ClusterError: the named cluster cannot be reached.
+    """
+    # Outside a submitted job, workers on this machine import from where this process did.
+    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    runtime_env = None if submitted else {"env_vars": {"PYTHONPATH": _python_path()}}
+    options = {"runtime_env": runtime_env, "logging_level": logging.WARNING}
+    try:
+        if num_cpus is None:
+            ray.init(**options)
+        else:
+            ray.init("local", num_cpus=num_cpus, include_dashboard=False, **options)
+    except ConnectionError as error:
+        if "RAY_ADDRESS" in os.environ:
+            raise ClusterError(
+                f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: unset it to "
+                f"use a local one ({error})"
+            ) from error
+        # A cluster that was not stopped in order leaves a note of its address behind.
+        ray.init("local", **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _python_path() -> str:
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -1,0 +1,104 @@
+"""The Ray Data actor that answers shards: one replica, one event loop, several shards at once."""
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Coroutine, Mapping
+from concurrent.futures import CancelledError, Future
+from typing import Any, TypeVar
+
+import ray
+
+from phi4ray.batch.parts import Receipt
+from phi4ray.batch.plan import Plan
+from phi4ray.batch.worker import ShardWorker
+from phi4ray.config import BatchConfig
+from phi4ray.engines import make_replica
+from phi4ray.errors import EngineDeadError, EngineStartError, Phi4rayError
+
+REPORT_S = 0.5
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+class RayShardWorker:
+    """A `ray.data.Dataset.map_batches` callable: shard indices in, receipts out.
+
+    Ray calls it from several threads at once, one a shard; all of them wait on one event loop, on
+    which the replica runs. An engine that cannot start is reported by the first call and not by
+    the constructor, whose failure Ray would take for a reason to try elsewhere.
+    """
+
+    def __init__(
+        self, config: BatchConfig, plan: Any, board: Any, environment: Mapping[str, str]
+    ) -> None:
+        for name, value in environment.items():
+            os.environ.setdefault(name, value)
+        self._board = board
+        self._name = ray.get_runtime_context().get_actor_id() or "driver"
+        self._failure: Phi4rayError | None = None
+        self._running: set[Future[Any]] = set()
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="phi4ray", daemon=True).start()
+        try:
+            self._worker = self._wait(self._start(config, ray.get(plan)))
+        except Phi4rayError as error:
+            self._failure = error
+        else:
+            asyncio.run_coroutine_threadsafe(self._report(), self._loop)
+
+    async def _start(self, config: BatchConfig, plan: Plan) -> ShardWorker:
+        if not await self._board.starting.remote(self._name):
+            raise EngineStartError(
+                "the engine's process died at every start: look at its node's memory and at the "
+                "worker logs of this actor in the Ray dashboard"
+            )
+        replica = make_replica(config.engine)
+        await replica.start()
+        await self._board.started.remote(self._name)
+        return ShardWorker(config, plan, replica)
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
+        """Answer the shards in `batch["item"]`; gives their receipts as JSON in `receipt`."""
+        try:
+            if self._failure is not None:
+                raise self._failure
+            receipts = [self._wait(self._worker.run(int(index))) for index in batch["item"]]
+        except CancelledError:  # the driver said stop
+            return {"receipt": []}
+        except Phi4rayError as error:
+            if isinstance(error, EngineDeadError) and ray.get(self._board.engine_died.remote()):
+                logger.error("%s; Ray starts another", error)
+                # Ray restarts the actor, and gives it the shards that it had.
+                os._exit(1)
+            ray.get(self._board.failed.remote(error))
+            raise
+        ray.get(self._board.shard_finished.remote())
+        return {"receipt": [receipt.model_dump_json() for receipt in receipts]}
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        self._running.add(future)
+        try:
+            return future.result()
+        finally:
+            self._running.discard(future)
+
+    async def _report(self) -> None:
+        while True:
+            try:
+                go_on = await self._board.report.remote(self._name, self._worker.stats())
+            except ray.exceptions.RayActorError:
+                go_on = True  # between the board's death and its restart
+            if not go_on:
+                for future in list(self._running):
+                    future.cancel()
+            await asyncio.sleep(REPORT_S)
+
+
+def receipts_of(batch: Mapping[str, Any]) -> list[Receipt]:
+    """Decode what `RayShardWorker` gave."""
+    return [Receipt.model_validate_json(text) for text in batch["receipt"]]
