@@ -177,10 +177,10 @@ def ours(
         )
         with connected(num_cpus=os.cpu_count()):
             summary = run_batch(config, RayExecutor(console), console)
-    assert not summary.errors, summary.errors
+    assert not summary.error_rows, summary.errors
     return {
-        "engine_s": summary.engine_s,
-        "first_part_s": summary.first_part_s,
+        "engine_s": summary.run.engine_s,
+        "first_part_s": summary.run.first_part_s,
         "prompt_tokens": summary.prompt_tokens,
         "completion_tokens": summary.completion_tokens,
     }

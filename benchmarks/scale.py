@@ -76,8 +76,8 @@ def measure(config: BatchConfig, arguments: argparse.Namespace) -> None:
     run_batch(config, RayExecutor(console), console)
     resumed = time.monotonic()
     assert summary.rows == arguments.rows
-    assert not summary.errors
-    seconds = summary.engine_s or 0.0
+    assert not summary.error_rows
+    seconds = summary.run.engine_s or 0.0
     result = {
         "rows": arguments.rows,
         "parts": parts,

@@ -20,7 +20,6 @@ MAX_FRUITLESS = 3
 """Starts, and deaths of engines, that bring no finished shard, before a worker may not go on."""
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class Board:
     """The actor; workers are named by their logical place, so that a restart takes it over."""
 
@@ -76,4 +75,5 @@ class Board:
 def start_board() -> Any:
     """Start a board on this node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    return Board.options(scheduling_strategy=here).remote()
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board)
+    return actor.options(scheduling_strategy=here).remote()

@@ -22,8 +22,8 @@ from cluster.batch import RayExecutor
 from cluster.local import connected
 from phi4ray.batch.describe import describe_plan
 from phi4ray.batch.planning import obtain_plan
-from phi4ray.batch.report import print_summary
 from phi4ray.batch.run import run_batch
+from phi4ray.batch.summary import print_summary
 from phi4ray.config import (
     BatchConfig,
     Endpoint,
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     print_summary(console, summary)
-    return 3 if summary.errors else 0
+    return 3 if summary.error_rows else 0
 
 
 def parser() -> argparse.ArgumentParser:

@@ -64,12 +64,8 @@ class Gpu:
 GPUS: Mapping[str, Gpu] = {
     "h200": Gpu(total_gib=139.80, memory_bandwidth_tbps=4.8, bf16_tflops=989),
     "h100-80": Gpu(total_gib=79.11, memory_bandwidth_tbps=3.35, bf16_tflops=989),
-    "a100-80": Gpu(
-        total_gib=79.15, memory_bandwidth_tbps=2.039, bf16_tflops=312, fast_8bit=False
-    ),
-    "a100-40": Gpu(
-        total_gib=39.39, memory_bandwidth_tbps=1.555, bf16_tflops=312, fast_8bit=False
-    ),
+    "a100-80": Gpu(total_gib=79.15, memory_bandwidth_tbps=2.039, bf16_tflops=312, fast_8bit=False),
+    "a100-40": Gpu(total_gib=39.39, memory_bandwidth_tbps=1.555, bf16_tflops=312, fast_8bit=False),
     "l40s-48": Gpu(total_gib=44.34, memory_bandwidth_tbps=0.864, bf16_tflops=362),
     "l4-24": Gpu(total_gib=22.03, memory_bandwidth_tbps=0.3, bf16_tflops=121),
     "rtx-24": Gpu(total_gib=23.52, memory_bandwidth_tbps=1.008, bf16_tflops=165),

@@ -128,7 +128,10 @@ class VllmReplica:
                 self._check_alive()
                 return Answer(int(content["error"]["code"]), content)
         assert self._http is not None, "start() comes first"
-        reply = await self._http.post(endpoint, json=body)
+        try:
+            reply = await self._http.post(endpoint, json=body)
+        except UnicodeEncodeError as error:
+            return refusal("invalid_utf8", f"the request holds text that is not UTF-8: {error}")
         self._check_alive()
         try:
             return Answer(reply.status_code, reply.json())

@@ -90,15 +90,17 @@ class Result:
 def error_of(answer: Answer) -> RowError:
     """The stable code of an OpenAI error answer: its own `code`, or its parameter's, or status'.
 
-    vLLM puts the HTTP status in `code` and says by `param` that a prompt is too long.
+    vLLM puts the HTTP status in `code`, and says by `param` what was wrong: `input_tokens` where
+    the prompt, or the prompt with its answer, is longer than the context.
     """
     error = answer.body.get("error")
     error = error if isinstance(error, dict) else {"message": str(answer.body)}
     message, code = str(error.get("message") or "no message"), error.get("code")
     if isinstance(code, str) and not code.isdigit():
         return RowError(code, message)
-    if error.get("param") in ("input_tokens", "max_tokens", "max_completion_tokens"):
-        return RowError("context_length_exceeded", message)
+    if error.get("param"):
+        known = {"input_tokens": "context_length_exceeded"}
+        return RowError(known.get(error["param"], "invalid_parameter"), message)
     by_status = {400: "invalid_request", 404: "not_found", 408: "timeout", 422: "invalid_request"}
     return RowError(by_status.get(answer.status, "engine_error"), message)
 

@@ -72,7 +72,9 @@ def list_inputs(config: BatchConfig) -> list[Input]:
     inputs = [Input(uri=o.uri, size=o.size, etag=o.etag) for o in expand(config.input)]
     for item in inputs:
         if item.uri.startswith(output):
-            raise ConfigError(f"input {item.uri} lies under the output prefix: use another --output")
+            raise ConfigError(
+                f"input {item.uri} lies under the output prefix: use another --output"
+            )
     for pattern in config.input:
         if output.startswith(join(pattern, "")):
             raise ConfigError(

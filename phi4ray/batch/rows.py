@@ -37,9 +37,7 @@ class Defaults:
     @classmethod
     def of(cls, config: BatchConfig) -> "Defaults":
         """The defaults that a job's configuration states."""
-        return cls(
-            config.engine.model_name, config.endpoint, config.system_prompt, config.sampling
-        )
+        return cls(config.engine.model_name, config.endpoint, config.system_prompt, config.sampling)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,14 +10,15 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from phi4ray.batch.executor import Executor
+from phi4ray.batch.executor import TICK_S, Executor
 from phi4ray.batch.manifest import check_receipts, list_parts, read_receipts, write_manifest
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import PLAN_NAME, REPORT_NAME, SUCCESS_NAME, Plan, read_plan
 from phi4ray.batch.planning import obtain_plan
 from phi4ray.batch.progress import Progress
-from phi4ray.batch.report import RunFacts, Summary, render_report, summarize
-from phi4ray.batch.tally import Tally
+from phi4ray.batch.report import render_report
+from phi4ray.batch.summary import RunFacts, Summary, facts_of, summarize
+from phi4ray.batch.tally import Snapshot, Tally
 from phi4ray.config import BatchConfig
 from phi4ray.errors import ConfigError, PlanMismatchError
 from phi4ray.storage import join, storage_for
@@ -78,22 +79,28 @@ def answer(
     """
     started_at, began = time.time(), time.monotonic()
     if not pending:
-        return RunFacts.nothing(started_at)
+        return RunFacts(started_at)
     # What is not whole any more must not look so: rerun parts are about to change.
     storage_for(config.output).delete(join(config.output, SUCCESS_NAME))
-    pending_rows = sum(plan.shards[index].rows for index in pending)
-    tally = Tally(plan.rows, plan.rows - pending_rows)
-    with Progress(console, config.progress_interval_s, label=plan.plan_id) as progress:
+    tally = Tally(plan.rows, plan.rows - sum(plan.shards[index].rows for index in pending))
+    with Progress(console, config.progress_interval_s) as progress:
+
+        def look(*, final: bool = False) -> Snapshot:
+            snapshot = tally.snapshot(executor.stats(), time.monotonic() - began)
+            progress.update(snapshot)
+            tally.check_errors(snapshot, config.max_error_fraction, final=final)
+            return snapshot
+
+        last = look()
         for receipt in executor.run_shards(config, plan, pending):
             elapsed_s = time.monotonic() - began
             if receipt is not None:
                 tally.add(receipt, elapsed_s)
-            progress.update(tally.snapshot(executor.stats(), elapsed_s))
-            tally.check_errors(config.max_error_fraction)
-        elapsed_s = time.monotonic() - began
-        progress.update(tally.snapshot(executor.stats(), elapsed_s))
-        tally.check_errors(config.max_error_fraction, final=True)
-    return tally.facts(config, started_at, elapsed_s, progress.history)
+            # Small parts may come by the hundred a second.
+            if elapsed_s - last.elapsed_s >= TICK_S:
+                last = look()
+        last = look(final=True)
+    return facts_of(config, tally, last, started_at, progress.history)
 
 
 def finish(config: BatchConfig, plan: Plan, facts: RunFacts, executor: Executor) -> Summary:

@@ -76,7 +76,7 @@ def scan_unit(item: Input, unit: Unit, cut: Cut, limit: int | None = None) -> Sc
     if is_parquet(item.uri):
         return _scan_parquet(item, unit, cut)
     if compression(item.uri):
-        rows = ((line, 0, 0, len(line) + 1) for line in open_lines(item))
+        rows: Iterator[Row] = ((line, 0, 0, len(line) + 1) for line in open_lines(item))
     else:
         rows = _plain_rows(item, unit)
     return _scan_lines(rows, unit, cut, limit)
@@ -242,4 +242,3 @@ def _common_type(name: str, types: Sequence[pa.DataType]) -> pa.DataType:
         )
     except pa.ArrowException:
         return pa.string()
-

@@ -50,19 +50,24 @@ class _Row:
 
 
 @dataclass(slots=True)
-class WorkerStats:
-    """What a worker has done so far, for progress. Counters only grow."""
+class OpenShard:
+    """What is finished of a shard whose part is not written yet."""
 
     rows: int = 0
     errors: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+
+
+@dataclass(slots=True)
+class WorkerStats:
+    """What a worker does at the moment, for progress; finished shards are in their receipts."""
+
     rows_in_flight: int = 0
     kv_used_fraction: float = 0.0
     running: int = 0
     waiting: int = 0
-    open_shards: dict[int, int] = field(default_factory=dict)
-    """Finished rows of each shard whose part is not written yet."""
+    open_shards: dict[int, OpenShard] = field(default_factory=dict)
 
 
 class ShardWorker:
@@ -146,7 +151,7 @@ class ShardWorker:
 
     async def _answer(self, shard: Shard, rows: list["_Row"]) -> list[Result]:
         """Have every row with a request answered; the rest are errors already."""
-        self._stats.open_shards[shard.index] = 0
+        self._stats.open_shards[shard.index] = OpenShard()
         results = [row.result for row in rows]
         asked: list[tuple[int, Request, str, int | None]] = []
         for at, row in enumerate(rows):
@@ -197,12 +202,11 @@ class ShardWorker:
             return refusal("timeout", f"no answer within request_timeout_s={limit}", status=408)
 
     def _count(self, shard: Shard, result: Result) -> None:
-        stats = self._stats
-        stats.rows += 1
-        stats.errors += result.error_code is not None
-        stats.prompt_tokens += result.prompt_tokens or 0
-        stats.completion_tokens += result.completion_tokens or 0
-        stats.open_shards[shard.index] += 1
+        done = self._stats.open_shards[shard.index]
+        done.rows += 1
+        done.errors += result.error_code is not None
+        done.prompt_tokens += result.prompt_tokens or 0
+        done.completion_tokens += result.completion_tokens or 0
 
     async def _write(
         self,
@@ -223,4 +227,3 @@ class ShardWorker:
         written = await asyncio.to_thread(write)
         del self._stats.open_shards[shard.index]
         return written
-

@@ -1,0 +1,141 @@
+"""Showing how a run goes: one live line in a terminal, plain lines elsewhere."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from phi4ray.batch.tally import Snapshot
+
+WINDOW_S = 20.0
+"""Rates are means over so long, or over the whole run while it is younger."""
+
+MAX_SAMPLES = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A point of a run's time series; rates are tokens a second."""
+
+    elapsed_s: float
+    prompt_rate: float
+    completion_rate: float
+    kv_used_fraction: float
+    running: int
+    waiting: int
+    replicas: int
+
+
+class Progress:
+    """Shows snapshots until the block ends, and keeps their time series for the report."""
+
+    def __init__(
+        self,
+        console: Console,
+        interval_s: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.history: list[Sample] = []
+        self._console = console
+        self._interval_s = interval_s
+        self._clock = clock
+        self._recent: deque[Snapshot] = deque()
+        self._last: Snapshot | None = None
+        self._printed_at: float | None = None
+        self._printed: Snapshot | None = None
+        self._spacing_s = 0.5
+        self._bar: Bar | None = None
+        if console.is_terminal:
+            self._bar = Bar(
+                BarColumn(bar_width=20), TextColumn("{task.description}"), console=console
+            )
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task("starting")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._last is not None and self._last != self._printed:
+            self._print(self._last)
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Take the newest snapshot; shown at once in a terminal, else when its line is due."""
+        self._last = snapshot
+        self._recent.append(snapshot)
+        while self._recent[0].elapsed_s < snapshot.elapsed_s - WINDOW_S:
+            self._recent.popleft()
+        self._sample(snapshot)
+        if self._bar is not None:
+            line = f"{self.line(snapshot)}"
+            total, done = snapshot.rows_total, snapshot.rows_done
+            self._bar.update(self._task, description=line, total=total, completed=done)
+        elif self._printed_at is None or self._clock() - self._printed_at >= self._interval_s:
+            self._print(snapshot)
+
+    def _print(self, snapshot: Snapshot) -> None:
+        self._printed_at, self._printed = self._clock(), snapshot
+        self._console.print(f"{time.strftime('%H:%M:%S')} {self.line(snapshot)}")
+        self._console.file.flush()
+
+    def _sample(self, snapshot: Snapshot) -> None:
+        if self.history and snapshot.elapsed_s - self.history[-1].elapsed_s < self._spacing_s:
+            return
+        prompt_rate, completion_rate, _ = self.rates()
+        self.history.append(
+            Sample(
+                snapshot.elapsed_s,
+                prompt_rate,
+                completion_rate,
+                snapshot.kv_used_fraction,
+                snapshot.running,
+                snapshot.waiting,
+                snapshot.replicas,
+            )
+        )
+        if len(self.history) > MAX_SAMPLES:
+            self.history = self.history[::2]
+            self._spacing_s *= 2
+
+    def rates(self) -> tuple[float, float, float]:
+        """Prompt tokens, completion tokens and rows a second over the window."""
+        first, last = self._recent[0], self._recent[-1]
+        seconds = last.elapsed_s - first.elapsed_s
+        if seconds <= 0:
+            return 0.0, 0.0, 0.0
+        # A killed worker's unfinished shards are counted again: that is no negative speed.
+        return (
+            max(0.0, (last.prompt_tokens - first.prompt_tokens) / seconds),
+            max(0.0, (last.completion_tokens - first.completion_tokens) / seconds),
+            max(0.0, (last.rows_done - first.rows_done) / seconds),
+        )
+
+    def line(self, snapshot: Snapshot) -> str:
+        """Say in one line how the run stands."""
+        share = snapshot.rows_done / max(1, snapshot.rows_total)
+        rows = f"rows {snapshot.rows_done:,}/{snapshot.rows_total:,} ({share:.0%})"
+        if snapshot.starting:
+            return f"{rows} starting replicas… {snapshot.elapsed_s:.0f} s"
+        prompt_rate, completion_rate, row_rate = self.rates()
+        left = snapshot.rows_total - snapshot.rows_done
+        eta = str(timedelta(seconds=round(left / row_rate))) if row_rate else "?"
+        return (
+            f"{rows} errors {snapshot.errors:,} | prompt {prompt_rate:,.0f} tok/s output "
+            f"{completion_rate:,.0f} tok/s | in flight {snapshot.rows_in_flight:,} KV "
+            f"{snapshot.kv_used_fraction:.0%} replicas {snapshot.replicas} | ETA {eta}"
+        )

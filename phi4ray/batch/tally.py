@@ -1,0 +1,115 @@
+"""Adding up what a run has done so far, from the receipts of its parts and its workers' stats."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from phi4ray.batch.parts import Receipt
+from phi4ray.batch.worker import OpenShard, WorkerStats
+from phi4ray.errors import TooManyErrorsError
+
+MIN_ROWS_FOR_FRACTION = 100
+"""`max_error_fraction` is judged from so many finished rows on, or at the end of the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A run at one moment. Rows count those of earlier runs too, errors and tokens only this one's.
+
+    `kv_used_fraction` is the replicas' mean; `elapsed_s` counts from the start of this run.
+    """
+
+    rows_total: int
+    rows_resumed: int
+    rows_done: int
+    errors: int
+    prompt_tokens: int
+    completion_tokens: int
+    rows_in_flight: int
+    kv_used_fraction: float
+    running: int
+    waiting: int
+    replicas: int
+    elapsed_s: float
+
+    @property
+    def starting(self) -> bool:
+        """Whether no replica has been ready yet."""
+        return not self.replicas and self.rows_done == self.rows_resumed
+
+
+class Tally:
+    """The running totals of one run. Pure: times are given."""
+
+    def __init__(self, rows_total: int, rows_resumed: int) -> None:
+        self._rows_total = rows_total
+        self._rows_resumed = rows_resumed
+        self._written: dict[int, Receipt] = {}
+        self._codes: Counter[str] = Counter()
+        self.first_part_s: float | None = None
+        """When the first part of this run was durable."""
+        self.last_part_s: float | None = None
+        self.engine_at: float | None = None
+        """Unix time at which a replica took this run's first shard."""
+        self.most_replicas = 0
+
+    def add(self, receipt: Receipt, elapsed_s: float) -> None:
+        """Count a part that is written. One that is told twice, by a retried task, counts once."""
+        if receipt.shard not in self._written:
+            self._written[receipt.shard] = receipt
+            self._codes.update(receipt.errors)
+            self.engine_at = min(self.engine_at or receipt.started_at, receipt.started_at)
+        if self.first_part_s is None:
+            self.first_part_s = elapsed_s
+        self.last_part_s = elapsed_s
+
+    def snapshot(self, stats: Mapping[str, WorkerStats], elapsed_s: float) -> Snapshot:
+        """The totals now, of written parts and of what is finished of others."""
+        self.most_replicas = max(self.most_replicas, len(stats))
+        # A shard that moved to another worker may still be told by its first one.
+        open_shards: dict[int, OpenShard] = {}
+        for worker in stats.values():
+            for shard, done in worker.open_shards.items():
+                known = open_shards.get(shard)
+                if shard not in self._written and (known is None or done.rows > known.rows):
+                    open_shards[shard] = done
+        written, unfinished = self._written.values(), open_shards.values()
+        replicas = max(1, len(stats))
+        return Snapshot(
+            rows_total=self._rows_total,
+            rows_resumed=self._rows_resumed,
+            rows_done=self._rows_resumed
+            + sum(receipt.rows for receipt in written)
+            + sum(done.rows for done in unfinished),
+            errors=self._codes.total() + sum(done.errors for done in unfinished),
+            prompt_tokens=sum(receipt.prompt_tokens for receipt in written)
+            + sum(done.prompt_tokens for done in unfinished),
+            completion_tokens=sum(receipt.completion_tokens for receipt in written)
+            + sum(done.completion_tokens for done in unfinished),
+            rows_in_flight=sum(worker.rows_in_flight for worker in stats.values()),
+            kv_used_fraction=sum(worker.kv_used_fraction for worker in stats.values()) / replicas,
+            running=sum(worker.running for worker in stats.values()),
+            waiting=sum(worker.waiting for worker in stats.values()),
+            replicas=len(stats),
+            elapsed_s=elapsed_s,
+        )
+
+    def check_errors(
+        self, snapshot: Snapshot, max_error_fraction: float | None, *, final: bool = False
+    ) -> None:
+        """Stop a job that is plainly misconfigured; parts that are written stay.
+
+        Raises:
+            TooManyErrorsError: more than this share of the run's finished rows failed.
+        """
+        rows = snapshot.rows_done - snapshot.rows_resumed
+        if max_error_fraction is None or rows < (1 if final else MIN_ROWS_FOR_FRACTION):
+            return
+        if snapshot.errors > max_error_fraction * rows:
+            codes = ", ".join(f"{code} ({count:,})" for code, count in self._codes.most_common(5))
+            raise TooManyErrorsError(
+                f"{snapshot.errors:,} of {rows:,} rows failed, more than max_error_fraction="
+                f"{max_error_fraction:g} allows{f': {codes}' if codes else ''}. Look at the "
+                "error_message of a finished part; or run the same command with a higher fraction "
+                "to go on"
+            )

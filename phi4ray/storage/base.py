@@ -1,0 +1,85 @@
+"""What an object store is to phi4ray: whole objects, written at once, listed by prefix."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One object. `etag` changes whenever the content does; it is the store's own, not a digest."""
+
+    uri: str
+    size: int
+    etag: str
+
+
+class Storage(Protocol):
+    """One kind of store. Every method may raise, besides what it names:
+
+    AccessDeniedError: credentials are missing or do not suffice.
+    TransientStorageError: still failing after the client's own retries.
+    StorageError: any other refusal.
+    """
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Objects below a prefix taken as a folder, by name; none if there is no such folder.
+
+        Cost: one request for each 1,000 objects.
+        """
+        ...
+
+    def head(self, uri: str) -> ObjectInfo:
+        """Look one object up.
+
+        Raises:
+            ObjectNotFoundError: there is none.
+        """
+        ...
+
+    def read(
+        self, uri: str, start: int = 0, end: int | None = None, *, etag: str | None = None
+    ) -> bytes:
+        """Bytes `[start, end)` of an object, up to its end if that comes first.
+
+        Raises:
+            ObjectNotFoundError: there is none.
+            PreconditionError: its etag is another one.
+        """
+        ...
+
+    def open(self, uri: str, *, etag: str | None = None) -> BinaryIO:
+        """A buffered, seekable stream over an object; reading on costs one request in all.
+
+        Raises:
+            ObjectNotFoundError: there is none.
+            PreconditionError: its etag is another one, now or at a later read.
+        """
+        ...
+
+    def write(self, uri: str, data: bytes, *, sha256: str | None = None) -> None:
+        """Write an object atomically: readers see the old content or the new one, whole.
+
+        `sha256` is the content's hex digest, kept with the object where the store can.
+        """
+        ...
+
+    def write_new(self, uri: str, data: bytes, *, sha256: str | None = None) -> None:
+        """Write an object unless it exists; atomic, but the check may race where the store lets it.
+
+        Raises:
+            PreconditionError: it exists already.
+        """
+        ...
+
+    def sha256(self, uri: str) -> str:
+        """The hex digest of an object's content; free where it was kept, else one full read.
+
+        Raises:
+            ObjectNotFoundError: there is none.
+        """
+        ...
+
+    def delete(self, uri: str) -> None:
+        """Remove an object, if it is there."""
+        ...

@@ -1,0 +1,46 @@
+"""Copying a folder of objects to this machine: checkpoints."""
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from phi4ray.errors import ObjectNotFoundError
+from phi4ray.storage.base import ObjectInfo
+from phi4ray.storage.uris import join, storage_for
+
+STREAMS = 16
+
+
+def copy_tree(source: str, folder: Path) -> Path:
+    """Copy everything below a prefix into a folder; files that are there already are not read.
+
+    A file appears under its name only when it is whole, and its etag is kept beside it, so that a
+    copy that was cut off goes on where it was, and a changed object is copied again.
+
+    Raises:
+        ObjectNotFoundError: there is nothing below the prefix.
+    """
+    root = join(source, "")
+    items = list(storage_for(root).list(root))
+    if not items:
+        raise ObjectNotFoundError(f"there is nothing under {root}")
+
+    def copy(item: ObjectInfo) -> None:
+        target = folder / item.uri.removeprefix(root)
+        note = folder / ".phi4ray" / f"{item.uri.removeprefix(root)}.etag"
+        if target.exists() and note.exists() and note.read_text() == item.etag:
+            return
+        for path in (target, note):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.part")
+        with (
+            storage_for(item.uri).open(item.uri, etag=item.etag) as stream,
+            part.open("wb") as copied,
+        ):
+            shutil.copyfileobj(stream, copied, 8 << 20)
+        part.replace(target)
+        note.write_text(item.etag)
+
+    with ThreadPoolExecutor(STREAMS) as pool:
+        list(pool.map(copy, items))
+    return folder

@@ -1,0 +1,371 @@
+"""S3 and what speaks its protocol. The only importer of boto3.
+
+Only plain atomic PUTs are relied on. `If-None-Match` is used where the server honours it, which
+spares overwriting a part with another of the same rows; nothing breaks where it is ignored.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import os
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+import boto3
+import tenacity
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    HTTPClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ResponseStreamingError,
+)
+from botocore.exceptions import (
+    ConnectionError as BotoConnectionError,
+)
+
+from phi4ray.errors import (
+    AccessDeniedError,
+    ObjectNotFoundError,
+    PreconditionError,
+    StorageError,
+    TransientStorageError,
+)
+from phi4ray.storage.base import ObjectInfo
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+SCHEME = "s3://"
+DIGEST = "phi4ray-sha256"
+"""Name of the user metadata that keeps a content's digest."""
+
+MULTIPART_BYTES = 64 << 20
+BUFFER_BYTES = 1 << 20
+SKIP_BYTES = 4 << 20
+"""Seeking forward by less is reading on: cheaper than a new request."""
+
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+_DENIED = {"401", "403", "AccessDenied", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch",
+           "ExpiredToken", "InvalidToken", "AllAccessDisabled"}  # fmt: skip
+_MISSING = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
+_PRECONDITION = {"412", "PreconditionFailed"}
+_TRANSIENT = {"408", "409", "429", "500", "502", "503", "504", "InternalError", "SlowDown",
+              "ServiceUnavailable", "RequestTimeout", "ConditionalRequestConflict",
+              "OperationAborted", "Throttling", "ThrottlingException", "RequestLimitExceeded",
+              "RequestTimeTooSkewed"}  # fmt: skip
+_UNSUPPORTED = {"501", "NotImplemented"}
+_CHECKSUMS = ("XAmzContentSHA256Mismatch", "MissingContentLength", "BadDigest", "checksum",
+              "aws-chunked", "trailer")  # fmt: skip
+_CUT = (IncompleteReadError, ResponseStreamingError, HTTPClientError, BotoConnectionError)
+
+
+class S3Storage:
+    """A `phi4ray.storage.Storage` over `s3://bucket/key`. One client serves all threads."""
+
+    def __init__(self) -> None:
+        self._client: S3Client = _client(os.getpid())
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """See `Storage.list`."""
+        bucket, key = split(prefix if prefix.endswith("/") else f"{prefix}/")
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
+        with _translated(prefix):
+            for page in pages:
+                for found in page.get("Contents", ()):
+                    if not found["Key"].endswith("/"):  # a folder's placeholder
+                        uri = f"{SCHEME}{bucket}/{found['Key']}"
+                        yield ObjectInfo(uri, found["Size"], _etag(found))
+
+    def head(self, uri: str) -> ObjectInfo:
+        """See `Storage.head`."""
+        found = self._head(uri)
+        return ObjectInfo(uri, found["ContentLength"], _etag(found))
+
+    def _head(self, uri: str) -> Any:
+        bucket, key = split(uri)
+        with _translated(uri):
+            return self._client.head_object(Bucket=bucket, Key=key)
+
+    def read(
+        self, uri: str, start: int = 0, end: int | None = None, *, etag: str | None = None
+    ) -> bytes:
+        """See `Storage.read`."""
+        if end is not None and end <= start:
+            return b""
+        with io.BytesIO() as taken:
+            _Stream(self._client, uri, etag, start=start, end=end).drain(taken)
+            return taken.getvalue()
+
+    def open(self, uri: str, *, etag: str | None = None) -> BinaryIO:
+        """See `Storage.open`."""
+        found = self.head(uri)
+        if etag not in (None, found.etag):
+            raise PreconditionError(f"{uri} is no longer the object it was")
+        stream = _Stream(self._client, uri, found.etag, size=found.size)
+        return cast(BinaryIO, io.BufferedReader(stream, BUFFER_BYTES))
+
+    def write(self, uri: str, data: bytes, *, sha256: str | None = None) -> None:
+        """See `Storage.write`. Above 64 MiB in parts, which appear at once at the end."""
+        bucket, key = split(uri)
+        metadata = {DIGEST: sha256} if sha256 else {}
+        with _translated(uri):
+            if len(data) > MULTIPART_BYTES:
+                self._client.upload_fileobj(
+                    io.BytesIO(data),
+                    bucket,
+                    key,
+                    ExtraArgs={"Metadata": metadata},
+                    Config=TransferConfig(multipart_threshold=MULTIPART_BYTES),
+                )
+            else:
+                self._client.put_object(Bucket=bucket, Key=key, Body=data, Metadata=metadata)
+
+    def write_new(self, uri: str, data: bytes, *, sha256: str | None = None) -> None:
+        """See `Storage.write_new`. Large objects are looked up first and then written."""
+        bucket, key = split(uri)
+        sha256 = sha256 or hashlib.sha256(data).hexdigest()
+        if len(data) <= MULTIPART_BYTES:
+            try:
+                with _translated(uri):
+                    self._client.put_object(
+                        Bucket=bucket,
+                        Key=key,
+                        Body=data,
+                        Metadata={DIGEST: sha256},
+                        IfNoneMatch="*",
+                    )
+                return
+            except PreconditionError:
+                # The client may have repeated a request that had been carried out.
+                if self._head(uri).get("Metadata", {}).get(DIGEST) != sha256:
+                    raise
+                return
+            except StorageError as error:
+                if not _unsupported(error.__cause__):
+                    raise
+        with contextlib.suppress(ObjectNotFoundError):
+            self.head(uri)
+            raise PreconditionError(f"{uri} exists already")
+        self.write(uri, data, sha256=sha256)
+
+    def sha256(self, uri: str) -> str:
+        """See `Storage.sha256`."""
+        kept = self._head(uri).get("Metadata", {}).get(DIGEST)
+        if kept:
+            return str(kept)
+        with self.open(uri) as stream:
+            return hashlib.file_digest(cast(Any, stream), "sha256").hexdigest()
+
+    def delete(self, uri: str) -> None:
+        """See `Storage.delete`."""
+        bucket, key = split(uri)
+        with contextlib.suppress(ObjectNotFoundError), _translated(uri):
+            self._client.delete_object(Bucket=bucket, Key=key)
+
+
+class _Stream(io.RawIOBase):
+    """An object as a file: one GET that is read on, another one after a far seek or a cut."""
+
+    def __init__(
+        self,
+        client: "S3Client",
+        uri: str,
+        etag: str | None,
+        *,
+        start: int = 0,
+        end: int | None = None,
+        size: int | None = None,
+    ) -> None:
+        self._client, self._uri, self._etag = client, uri, etag
+        self._position, self._end = start, size if end is None else end
+        self._body: Any = None
+        self._body_at = 0
+
+    def drain(self, into: BinaryIO) -> None:
+        """Copy all that is left."""
+        buffer = memoryview(bytearray(BUFFER_BYTES))
+        while count := self.readinto(buffer):
+            into.write(buffer[:count])
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._end or 0}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        if self._end is not None and self._position >= self._end:
+            return 0
+        view = memoryview(buffer).cast("B")
+        with _translated(self._uri):
+            data = _resumed(self._read_some, len(view))
+        view[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def _read_some(self, size: int) -> bytes:
+        """Read from the open response, or from a new one that begins here."""
+        ahead = self._position - self._body_at
+        if self._body is None or not 0 <= ahead <= SKIP_BYTES:
+            self._request()
+        elif ahead:
+            self._skip(ahead)
+        try:
+            data = bytes(self._body.read(size)) if self._body is not None else b""
+        except Exception:
+            self._drop()
+            raise
+        self._body_at += len(data)
+        if not data and self._end is not None and self._position < self._end and self._body:
+            # A server may close early without an error: then the length tells.
+            self._drop()
+            raise IncompleteReadError(actual_bytes=self._position, expected_bytes=self._end)
+        return data
+
+    def _skip(self, count: int) -> None:
+        try:
+            self._body_at += len(self._body.read(count))
+        except Exception:
+            self._drop()
+            raise
+        if self._body_at != self._position:
+            self._request()
+
+    def _request(self) -> None:
+        self._drop()
+        bucket, key = split(self._uri)
+        last = "" if self._end is None else str(self._end - 1)
+        condition: dict[str, Any] = {"IfMatch": f'"{self._etag}"'} if self._etag else {}
+        try:
+            response = self._client.get_object(
+                Bucket=bucket, Key=key, Range=f"bytes={self._position}-{last}", **condition
+            )
+        except ClientError as error:
+            if _code(error) in ("416", "InvalidRange"):  # at or behind the object's end
+                return
+            raise
+        self._body, self._body_at = response["Body"], self._position
+        # From here on every byte must be of this object, and all of it must come.
+        self._etag = self._etag or _etag(response)
+        length = self._position + response["ContentLength"]
+        self._end = length if self._end is None else min(self._end, length)
+
+    def _drop(self) -> None:
+        if self._body is not None:
+            self._body.close()
+            self._body = None
+
+    def close(self) -> None:
+        if not self.closed:
+            self._drop()
+        super().close()
+
+
+_resumed = tenacity.Retrying(
+    retry=tenacity.retry_if_exception_type(_CUT),
+    wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
+    stop=tenacity.stop_after_attempt(10),
+    reraise=True,
+)
+
+
+@functools.lru_cache(maxsize=1)
+def _client(process: int) -> "S3Client":
+    """One client a process: clients serve many threads, but do not survive a fork."""
+    custom = any(os.environ.get(name) for name in _ENDPOINTS)
+    config = Config(
+        retries={"mode": "standard", "max_attempts": 10},
+        connect_timeout=10,
+        read_timeout=60,
+        max_pool_connections=64,
+        # Few servers other than AWS have a name for every bucket.
+        s3={"addressing_style": "path"} if custom else {},
+    )
+    with _lock:
+        session = boto3.Session()
+        region = session.region_name or ("us-east-1" if custom else None)
+        return session.client("s3", config=config, region_name=region)
+
+
+_lock = threading.Lock()
+
+
+def split(uri: str) -> tuple[str, str]:
+    """Bucket and key of a URI. Keys are taken as they are: nothing in a URI is an escape."""
+    bucket, _, key = uri.removeprefix(SCHEME).partition("/")
+    return bucket, key
+
+
+def _etag(found: Any) -> str:
+    return str(found.get("ETag", "")).strip('"')
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _unsupported(error: BaseException | None) -> bool:
+    return isinstance(error, ClientError) and (
+        _code(error) in _UNSUPPORTED or "if-none-match" in str(error).lower()
+    )
+
+
+@contextlib.contextmanager
+def _translated(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except (NoCredentialsError, PartialCredentialsError) as error:
+        raise AccessDeniedError(
+            f"{uri}: there are no S3 credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            "AWS_PROFILE, or give the node a role"
+        ) from error
+    except ClientError as error:
+        raise _of_client_error(uri, error) from error
+    except _CUT as error:
+        raise TransientStorageError(
+            f"{uri}: {error}: check the network, and AWS_ENDPOINT_URL="
+            f"{os.environ.get('AWS_ENDPOINT_URL', '(not set)')}"
+        ) from error
+    except BotoCoreError as error:
+        raise StorageError(f"{uri}: {error}") from error
+
+
+def _of_client_error(uri: str, error: ClientError) -> StorageError:
+    code, bucket = _code(error), split(uri)[0]
+    status = str(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
+    if code in _MISSING:
+        what = f"bucket {bucket}" if code == "NoSuchBucket" else f"object {uri}"
+        return ObjectNotFoundError(f"there is no {what}")
+    if code in _PRECONDITION:
+        return PreconditionError(f"{uri} is not the expected object, or exists already")
+    text = str(error)
+    if any(word.lower() in text.lower() for word in _CHECKSUMS):
+        return StorageError(
+            f"{uri}: {text}. Some S3 servers refuse the checksums that newer clients send: set "
+            "AWS_REQUEST_CHECKSUM_CALCULATION=when_required and "
+            "AWS_RESPONSE_CHECKSUM_VALIDATION=when_required"
+        )
+    if code in _DENIED:
+        return AccessDeniedError(
+            f"{uri}: {text}: check that AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+            f"AWS_SESSION_TOKEN and AWS_ENDPOINT_URL are right for bucket {bucket}, and what its "
+            "policy allows"
+        )
+    if code in _TRANSIENT or status in _TRANSIENT:
+        return TransientStorageError(f"{uri}: {text}")
+    return StorageError(f"{uri}: {text}")
