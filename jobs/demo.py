@@ -4,6 +4,7 @@ make demo
 """
 
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -58,6 +59,7 @@ def embedded_s3() -> Iterator[str]:
     """Serve S3 from this process's memory, with an empty bucket `demo`; gives the endpoint."""
     from moto.server import ThreadedMotoServer  # of the extra `dev`
 
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # which tells of each request
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     try:

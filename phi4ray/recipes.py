@@ -100,8 +100,7 @@ _RECIPES = (
     ),
     Recipe(
         name="phi4-gptq4-24gb",
-        description="Phi-4 in 4-bit GPTQ on one 24 GB card each (RTX 3090/4090, L4), "
-        "16K context.",
+        description="Phi-4 in 4-bit GPTQ on one 24 GB card each (RTX 3090/4090, L4), 16K context.",
         gpu="l4-24",
         settings={
             "engine": {
@@ -117,8 +116,7 @@ _RECIPES = (
     ),
     Recipe(
         name="phi4-gptq4-12gb",
-        description="Phi-4 in 4-bit GPTQ on one 12 GB card each (RTX 3060/4070), "
-        "2K context.",
+        description="Phi-4 in 4-bit GPTQ on one 12 GB card each (RTX 3060/4070), 2K context.",
         gpu="rtx-12",
         settings={
             "engine": {

@@ -46,6 +46,9 @@ SCHEME = "s3://"
 DIGEST = "phi4ray-sha256"
 """Name of the user metadata that keeps a content's digest."""
 
+RETRIES = 10
+"""Attempts of a request, by the client's own backoff, before it is a transient error."""
+
 MULTIPART_BYTES = 64 << 20
 BUFFER_BYTES = 1 << 20
 SKIP_BYTES = 4 << 20
@@ -289,7 +292,7 @@ def _client(process: int) -> "S3Client":
     """One client a process: clients serve many threads, but do not survive a fork."""
     custom = any(os.environ.get(name) for name in _ENDPOINTS)
     config = Config(
-        retries={"mode": "standard", "max_attempts": 10},
+        retries={"mode": "standard", "max_attempts": RETRIES},
         connect_timeout=10,
         read_timeout=60,
         max_pool_connections=64,

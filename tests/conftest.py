@@ -1,0 +1,50 @@
+"""An S3 server by real HTTP for the tests that need one: moto's, in this process."""
+
+import logging
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from moto.server import ThreadedMotoServer
+
+from phi4ray.storage import s3
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_prefix(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A folder in a bucket of its own; the AWS variables lead to it."""
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    httpx.put(f"{s3_endpoint}/{bucket}").raise_for_status()
+    yield from connected(s3_endpoint, monkeypatch, f"s3://{bucket}/folder/")
+
+
+def connected(endpoint: str, monkeypatch: pytest.MonkeyPatch, prefix: str) -> Iterator[str]:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.delenv("AWS_DEFAULT_REGION", raising=False)
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    s3._client.cache_clear()
+    yield prefix
+    s3._client.cache_clear()
+
+
+@pytest.fixture(params=["local", "s3"])
+def prefix(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder in every kind of store."""
+    if request.param == "local":
+        return f"{tmp_path}/"
+    found: str = request.getfixturevalue("s3_prefix")
+    return found
