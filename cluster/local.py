@@ -26,12 +26,17 @@ def connected(*, num_cpus: int | None = None) -> Iterator[None]:
     # Outside a submitted job, workers on this machine import from where this process did.
     submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     runtime_env = None if submitted else {"env_vars": {"PYTHONPATH": _python_path()}}
-    options = {"runtime_env": runtime_env, "logging_level": logging.WARNING}
+    # Of what a job asks for, only a cluster that is started here takes notice.
+    options = {
+        "runtime_env": runtime_env,
+        "logging_level": logging.WARNING,
+        "include_dashboard": False,
+    }
     try:
         if num_cpus is None:
             ray.init(**options)
         else:
-            ray.init("local", num_cpus=num_cpus, include_dashboard=False, **options)
+            ray.init("local", num_cpus=num_cpus, **options)
     except ConnectionError as error:
         if "RAY_ADDRESS" in os.environ:
             raise ClusterError(

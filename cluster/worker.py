@@ -9,6 +9,7 @@ from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
 import ray
+import uvloop
 
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import Plan
@@ -41,7 +42,7 @@ class RayShardWorker:
         self._name = ray.get_runtime_context().get_actor_id() or "driver"
         self._failure: Phi4rayError | None = None
         self._running: set[Future[Any]] = set()
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="phi4ray", daemon=True).start()
         try:
             self._worker = self._wait(self._start(config, ray.get(plan)))

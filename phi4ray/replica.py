@@ -7,6 +7,7 @@ goes through vLLM's ASGI application, which words the error as its server does.
 
 import asyncio
 import contextlib
+import gc
 import os
 from argparse import Namespace
 from collections.abc import Callable
@@ -100,6 +101,9 @@ class VllmReplica:
             base_url="http://replica",
             timeout=None,
         )
+        # What is loaded now stays: the collector need not look through it again and again.
+        gc.collect()
+        gc.freeze()
 
     def _stat_logger(self, config: VllmConfig, engine_index: int = 0) -> StatLoggerBase:
         return _LatestStats(self, config, engine_index)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
+import uvloop
+
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import Plan
 from phi4ray.batch.worker import ShardWorker, WorkerStats
@@ -78,7 +80,7 @@ class InProcessExecutor:
         self, config: BatchConfig, plan: Plan, pending: Sequence[int]
     ) -> Iterator[Receipt | None]:
         """See `Executor.run_shards`."""
-        loop = asyncio.new_event_loop()
+        loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
         receipts: queue.SimpleQueue[Receipt] = queue.SimpleQueue()
         main = loop.create_task(self._run(config, plan, pending, receipts.put))
 

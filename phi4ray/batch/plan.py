@@ -111,10 +111,10 @@ def identity_of(config: BatchConfig, chat_template: str | None) -> dict[str, Any
         **{f"engine.{name}": getattr(engine, name) for name in ENGINE_IDENTITY},
         "engine.model_name": engine.model_name,
         "engine.chat_template": chat_template,
-        "engine.engine_args": dict(engine.engine_args),
+        **{f"engine.{name}": value for name, value in engine.engine_args.items()},
         "endpoint": config.endpoint,
         "system_prompt": config.system_prompt,
-        "sampling": dict(config.sampling),
+        **{f"sampling.{name}": value for name, value in config.sampling.items()},
         "limit": config.limit,
         "output_format": config.output_format,
     }

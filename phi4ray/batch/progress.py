@@ -1,8 +1,6 @@
 """Showing how a run goes: one live line in a terminal, plain lines elsewhere."""
 
-import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -10,6 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 
 from phi4ray.batch.tally import Snapshot
 
@@ -35,27 +34,19 @@ class Sample:
 class Progress:
     """Shows snapshots until the block ends, and keeps their time series for the report."""
 
-    def __init__(
-        self,
-        console: Console,
-        interval_s: float,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, console: Console, interval_s: float) -> None:
         self.history: list[Sample] = []
         self._console = console
         self._interval_s = interval_s
-        self._clock = clock
         self._recent: deque[Snapshot] = deque()
         self._last: Snapshot | None = None
-        self._printed_at: float | None = None
         self._printed: Snapshot | None = None
         self._spacing_s = 0.5
         self._bar: Bar | None = None
-        if console.is_terminal:
-            self._bar = Bar(
-                BarColumn(bar_width=20), TextColumn("{task.description}"), console=console
-            )
+        if console.is_terminal and not console.is_dumb_terminal:
+            # In a narrow terminal the text goes over two lines, and is not cut off.
+            text = TextColumn("{task.description}", table_column=Column(overflow="fold"))
+            self._bar = Bar(BarColumn(bar_width=20), text, console=console)
 
     def __enter__(self) -> "Progress":
         if self._bar is not None:
@@ -77,21 +68,25 @@ class Progress:
     def update(self, snapshot: Snapshot) -> None:
         """Take the newest snapshot; shown at once in a terminal, else when its line is due."""
         self._last = snapshot
+        if snapshot.starting:
+            self._recent.clear()  # no speed is known before a replica is ready
         self._recent.append(snapshot)
-        while self._recent[0].elapsed_s < snapshot.elapsed_s - WINDOW_S:
+        while len(self._recent) > 1 and self._recent[1].elapsed_s <= snapshot.elapsed_s - WINDOW_S:
             self._recent.popleft()
         self._sample(snapshot)
         if self._bar is not None:
-            line = f"{self.line(snapshot)}"
-            total, done = snapshot.rows_total, snapshot.rows_done
+            line, total, done = self.line(snapshot), snapshot.rows_total, snapshot.rows_done
             self._bar.update(self._task, description=line, total=total, completed=done)
-        elif self._printed_at is None or self._clock() - self._printed_at >= self._interval_s:
+        elif (
+            self._printed is None
+            or snapshot.elapsed_s - self._printed.elapsed_s >= self._interval_s
+        ):
             self._print(snapshot)
 
     def _print(self, snapshot: Snapshot) -> None:
-        self._printed_at, self._printed = self._clock(), snapshot
-        self._console.print(f"{time.strftime('%H:%M:%S')} {self.line(snapshot)}")
-        self._console.file.flush()
+        self._printed = snapshot
+        line = f"{self._console.get_datetime():%H:%M:%S} {self.line(snapshot)}"
+        self._console.print(line, soft_wrap=True)
 
     def _sample(self, snapshot: Snapshot) -> None:
         if self.history and snapshot.elapsed_s - self.history[-1].elapsed_s < self._spacing_s:
@@ -110,7 +105,8 @@ class Progress:
         )
         if len(self.history) > MAX_SAMPLES:
             self.history = self.history[::2]
-            self._spacing_s *= 2
+            first, last = self.history[0].elapsed_s, self.history[-1].elapsed_s
+            self._spacing_s = (last - first) / (len(self.history) - 1)
 
     def rates(self) -> tuple[float, float, float]:
         """Prompt tokens, completion tokens and rows a second over the window."""
@@ -127,15 +123,15 @@ class Progress:
 
     def line(self, snapshot: Snapshot) -> str:
         """Say in one line how the run stands."""
-        share = snapshot.rows_done / max(1, snapshot.rows_total)
-        rows = f"rows {snapshot.rows_done:,}/{snapshot.rows_total:,} ({share:.0%})"
+        percent = 100 * snapshot.rows_done // max(1, snapshot.rows_total)  # 100 only when all are
+        rows = f"rows {snapshot.rows_done:,}/{snapshot.rows_total:,} ({percent}%)"
         if snapshot.starting:
             return f"{rows} starting replicas… {snapshot.elapsed_s:.0f} s"
         prompt_rate, completion_rate, row_rate = self.rates()
         left = snapshot.rows_total - snapshot.rows_done
         eta = str(timedelta(seconds=round(left / row_rate))) if row_rate else "?"
         return (
-            f"{rows} errors {snapshot.errors:,} | prompt {prompt_rate:,.0f} tok/s output "
+            f"{rows} errors {snapshot.error_rows:,} | prompt {prompt_rate:,.0f} tok/s output "
             f"{completion_rate:,.0f} tok/s | in flight {snapshot.rows_in_flight:,} KV "
             f"{snapshot.kv_used_fraction:.0%} replicas {snapshot.replicas} | ETA {eta}"
         )

@@ -1,11 +1,10 @@
 """Adding up what a run has done so far, from the receipts of its parts and its workers' stats."""
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from phi4ray.batch.parts import Receipt
-from phi4ray.batch.worker import OpenShard, WorkerStats
+from phi4ray.batch.worker import Done, WorkerStats
 from phi4ray.errors import TooManyErrorsError
 
 MIN_ROWS_FOR_FRACTION = 100
@@ -16,13 +15,14 @@ MIN_ROWS_FOR_FRACTION = 100
 class Snapshot:
     """A run at one moment. Rows count those of earlier runs too, errors and tokens only this one's.
 
-    `kv_used_fraction` is the replicas' mean; `elapsed_s` counts from the start of this run.
+    `errors` counts rows by code; `kv_used_fraction` is the replicas' mean; `elapsed_s` counts from
+    the start of this run.
     """
 
     rows_total: int
     rows_resumed: int
     rows_done: int
-    errors: int
+    errors: Mapping[str, int]
     prompt_tokens: int
     completion_tokens: int
     rows_in_flight: int
@@ -31,6 +31,11 @@ class Snapshot:
     waiting: int
     replicas: int
     elapsed_s: float
+
+    @property
+    def error_rows(self) -> int:
+        """Rows without an answer."""
+        return sum(self.errors.values())
 
     @property
     def starting(self) -> bool:
@@ -44,8 +49,9 @@ class Tally:
     def __init__(self, rows_total: int, rows_resumed: int) -> None:
         self._rows_total = rows_total
         self._rows_resumed = rows_resumed
-        self._written: dict[int, Receipt] = {}
-        self._codes: Counter[str] = Counter()
+        self._written: set[int] = set()
+        self._done = Done()
+        self._open: Mapping[str, Mapping[int, Done]] = {}
         self.first_part_s: float | None = None
         """When the first part of this run was durable."""
         self.last_part_s: float | None = None
@@ -55,10 +61,13 @@ class Tally:
 
     def add(self, receipt: Receipt, elapsed_s: float) -> None:
         """Count a part that is written. One that is told twice, by a retried task, counts once."""
-        if receipt.shard not in self._written:
-            self._written[receipt.shard] = receipt
-            self._codes.update(receipt.errors)
-            self.engine_at = min(self.engine_at or receipt.started_at, receipt.started_at)
+        if receipt.shard in self._written:
+            return
+        self._written.add(receipt.shard)
+        self._done += Done(
+            receipt.rows, receipt.errors, receipt.prompt_tokens, receipt.completion_tokens
+        )
+        self.engine_at = min(self.engine_at or receipt.started_at, receipt.started_at)
         if self.first_part_s is None:
             self.first_part_s = elapsed_s
         self.last_part_s = elapsed_s
@@ -66,26 +75,31 @@ class Tally:
     def snapshot(self, stats: Mapping[str, WorkerStats], elapsed_s: float) -> Snapshot:
         """The totals now, of written parts and of what is finished of others."""
         self.most_replicas = max(self.most_replicas, len(stats))
+        # A shard that its worker does not tell of any more is written, and its receipt on the way;
+        # what a worker had open that is gone is lost.
+        self._open = {
+            name: {
+                shard: done
+                for shard, done in {**self._open.get(name, {}), **worker.open_shards}.items()
+                if shard not in self._written
+            }
+            for name, worker in stats.items()
+        }
         # A shard that moved to another worker may still be told by its first one.
-        open_shards: dict[int, OpenShard] = {}
-        for worker in stats.values():
-            for shard, done in worker.open_shards.items():
-                known = open_shards.get(shard)
-                if shard not in self._written and (known is None or done.rows > known.rows):
-                    open_shards[shard] = done
-        written, unfinished = self._written.values(), open_shards.values()
+        unfinished: dict[int, Done] = {}
+        for shards in self._open.values():
+            for shard, done in shards.items():
+                if done.rows >= unfinished.get(shard, done).rows:
+                    unfinished[shard] = done
+        total = sum(unfinished.values(), start=self._done)
         replicas = max(1, len(stats))
         return Snapshot(
             rows_total=self._rows_total,
             rows_resumed=self._rows_resumed,
-            rows_done=self._rows_resumed
-            + sum(receipt.rows for receipt in written)
-            + sum(done.rows for done in unfinished),
-            errors=self._codes.total() + sum(done.errors for done in unfinished),
-            prompt_tokens=sum(receipt.prompt_tokens for receipt in written)
-            + sum(done.prompt_tokens for done in unfinished),
-            completion_tokens=sum(receipt.completion_tokens for receipt in written)
-            + sum(done.completion_tokens for done in unfinished),
+            rows_done=self._rows_resumed + total.rows,
+            errors=total.errors,
+            prompt_tokens=total.prompt_tokens,
+            completion_tokens=total.completion_tokens,
             rows_in_flight=sum(worker.rows_in_flight for worker in stats.values()),
             kv_used_fraction=sum(worker.kv_used_fraction for worker in stats.values()) / replicas,
             running=sum(worker.running for worker in stats.values()),
@@ -105,11 +119,11 @@ class Tally:
         rows = snapshot.rows_done - snapshot.rows_resumed
         if max_error_fraction is None or rows < (1 if final else MIN_ROWS_FOR_FRACTION):
             return
-        if snapshot.errors > max_error_fraction * rows:
-            codes = ", ".join(f"{code} ({count:,})" for code, count in self._codes.most_common(5))
+        if snapshot.error_rows > max_error_fraction * rows:
+            codes = sorted(snapshot.errors.items(), key=lambda item: -item[1])[:5]
+            named = ", ".join(f"{code} ({count:,})" for code, count in codes)
             raise TooManyErrorsError(
-                f"{snapshot.errors:,} of {rows:,} rows failed, more than max_error_fraction="
-                f"{max_error_fraction:g} allows{f': {codes}' if codes else ''}. Look at the "
-                "error_message of a finished part; or run the same command with a higher fraction "
-                "to go on"
+                f"{snapshot.error_rows:,} of {rows:,} rows failed, more than max_error_fraction="
+                f"{max_error_fraction:g} allows: {named}. Correct the input or the settings and "
+                "use a new output; or run the same command with a higher fraction to go on"
             )

@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
@@ -49,25 +50,39 @@ class _Row:
     request: Request | None
 
 
-@dataclass(slots=True)
-class OpenShard:
-    """What is finished of a shard whose part is not written yet."""
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Finished rows, added up. `errors` counts those without an answer, by code."""
 
     rows: int = 0
-    errors: int = 0
+    errors: Mapping[str, int] = field(default_factory=dict)
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
+    def __add__(self, other: "Done") -> "Done":
+        errors = dict(self.errors)
+        for code, rows in other.errors.items():
+            errors[code] = errors.get(code, 0) + rows
+        return Done(
+            self.rows + other.rows,
+            errors,
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+        )
 
-@dataclass(slots=True)
+
+@dataclass(frozen=True, slots=True)
 class WorkerStats:
-    """What a worker does at the moment, for progress; finished shards are in their receipts."""
+    """What a worker does at the moment, for progress; finished shards are in their receipts.
+
+    `open_shards` tells what is finished of each shard whose part is not written yet.
+    """
 
     rows_in_flight: int = 0
     kv_used_fraction: float = 0.0
     running: int = 0
     waiting: int = 0
-    open_shards: dict[int, OpenShard] = field(default_factory=dict)
+    open_shards: Mapping[int, Done] = field(default_factory=dict)
 
 
 class ShardWorker:
@@ -82,15 +97,18 @@ class ShardWorker:
         self._pacer = Pacer(replica.kv())
         self._lengths = Lengths()
         self._turn = asyncio.Lock()
-        self._stats = WorkerStats()
+        self._open: dict[int, Done] = {}
 
     def stats(self) -> WorkerStats:
-        """A snapshot for progress."""
+        """A snapshot for progress; may be taken from any thread."""
         kv = self._replica.kv()
-        self._stats.rows_in_flight = self._pacer.rows
-        self._stats.kv_used_fraction = kv.used_tokens / max(1, kv.capacity_tokens)
-        self._stats.running, self._stats.waiting = kv.running, kv.waiting
-        return self._stats
+        return WorkerStats(
+            rows_in_flight=self._pacer.rows,
+            kv_used_fraction=kv.used_tokens / max(1, kv.capacity_tokens),
+            running=kv.running,
+            waiting=kv.waiting,
+            open_shards=self._open.copy(),
+        )
 
     async def run(self, index: int) -> Receipt:
         """Answer one shard and write its part, unless that has been done.
@@ -151,7 +169,7 @@ class ShardWorker:
 
     async def _answer(self, shard: Shard, rows: list["_Row"]) -> list[Result]:
         """Have every row with a request answered; the rest are errors already."""
-        self._stats.open_shards[shard.index] = OpenShard()
+        self._open[shard.index] = Done()
         results = [row.result for row in rows]
         asked: list[tuple[int, Request, str, int | None]] = []
         for at, row in enumerate(rows):
@@ -202,11 +220,12 @@ class ShardWorker:
             return refusal("timeout", f"no answer within request_timeout_s={limit}", status=408)
 
     def _count(self, shard: Shard, result: Result) -> None:
-        done = self._stats.open_shards[shard.index]
-        done.rows += 1
-        done.errors += result.error_code is not None
-        done.prompt_tokens += result.prompt_tokens or 0
-        done.completion_tokens += result.completion_tokens or 0
+        self._open[shard.index] += Done(
+            rows=1,
+            errors={} if result.error_code is None else {result.error_code: 1},
+            prompt_tokens=result.prompt_tokens or 0,
+            completion_tokens=result.completion_tokens or 0,
+        )
 
     async def _write(
         self,
@@ -225,5 +244,5 @@ class ShardWorker:
             return write_part(self._config.output, self._plan, table, replacing=replacing)
 
         written = await asyncio.to_thread(write)
-        del self._stats.open_shards[shard.index]
+        del self._open[shard.index]
         return written
