@@ -144,6 +144,7 @@ def bare(
 
     texts = [json.loads(line)["prompt"] for line in (prompts / "prompts.jsonl").open()]
     llm = LLM(model, **engine)
+    llm.generate(["Hello"], SamplingParams(max_tokens=1), use_tqdm=False)  # as our replicas do
     began = time.monotonic()
     outputs = llm.generate(texts, SamplingParams(**sampling), use_tqdm=False)
     return {

@@ -38,6 +38,8 @@ class RayShardWorker:
     ) -> None:
         for name, value in environment.items():
             os.environ.setdefault(name, value)
+        # Ray allows as many threads as the actor has CPUs; vLLM knows better what its engine needs.
+        os.environ.pop("OMP_NUM_THREADS", None)
         self._board = board
         self._name = ray.get_runtime_context().get_actor_id() or "driver"
         self._failure: Phi4rayError | None = None

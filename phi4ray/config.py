@@ -48,6 +48,7 @@ class EngineConfig(Config):
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
     seed: int = 0
+    disable_log_stats: bool = Field(True, description="Whether vLLM keeps no Prometheus metrics")
     chat_template: str | None = Field(None, description="Path or text; None: the checkpoint's")
     reasoning_parser: str | None = None
     tool_call_parser: str | None = None

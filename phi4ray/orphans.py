@@ -73,7 +73,16 @@ def kill_marked(mark: str) -> None:
             if process.pid != os.getpid() and process.environ().get(MARK) == mark:
                 process.kill()
                 killed.append(process)
-    psutil.wait_procs(killed, timeout=LONGEST_EXIT_S)
+    deadline = time.monotonic() + LONGEST_EXIT_S
+    while time.monotonic() < deadline and any(_holds_memory(process) for process in killed):
+        time.sleep(0.05)
+
+
+def _holds_memory(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def main() -> None:

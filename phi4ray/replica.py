@@ -18,10 +18,11 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.envs import disable_envs_cache, enable_envs_cache
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.stats import SchedulerStats
 
 from phi4ray import engine_log
@@ -79,7 +80,7 @@ class VllmReplica:
         self._engine = engine = AsyncLLM.from_vllm_config(
             config,
             usage_context=UsageContext.OPENAI_API_SERVER,
-            stat_loggers=[self._stat_logger],
+            stat_loggers=[self._stat_logger()],
             disable_log_stats=args.disable_log_stats,
         )
         tasks = await engine.get_supported_tasks()
@@ -101,12 +102,40 @@ class VllmReplica:
             base_url="http://replica",
             timeout=None,
         )
+        await self._warm_up()
         # What is loaded now stays: the collector need not look through it again and again.
         gc.collect()
         gc.freeze()
+        enable_envs_cache()
 
-    def _stat_logger(self, config: VllmConfig, engine_index: int = 0) -> StatLoggerBase:
-        return _LatestStats(self, config, engine_index)
+    async def _warm_up(self) -> None:
+        """Have one request answered on each way: the first costs what the others never do again."""
+        one = {"model": self.config.model_name, "max_tokens": 1}
+        prompts: dict[Endpoint, Json] = {
+            "/v1/completions": {"prompt": "Hello"},
+            "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hello"}]},
+        }
+        for endpoint, prompt in prompts.items():
+            if endpoint in self._handlers:
+                # A refusal is no failure: base models have no chat template.
+                await self.complete(endpoint, one | prompt)
+
+    def _stat_logger(self) -> type[PrometheusStatLogger]:
+        """What keeps the newest scheduler statistics where `kv` reads them.
+
+        vLLM adds its Prometheus metrics unless a logger is one: they cost a batch 4% of this
+        process, and nobody asks for them there.
+        """
+        replica = self
+        base = _NoMetrics if self.config.disable_log_stats else PrometheusStatLogger
+
+        class LatestStats(base):  # type: ignore[misc, valid-type]
+            def record(self, scheduler_stats: SchedulerStats | None, *args: Any, **kw: Any) -> None:
+                super().record(scheduler_stats, *args, **kw)
+                if scheduler_stats is not None:
+                    replica._stats = scheduler_stats
+
+        return LatestStats
 
     async def complete(self, endpoint: Endpoint, body: Json) -> Answer:
         """Answer one request; see `phi4ray.protocol.Replica.complete`.
@@ -164,6 +193,7 @@ class VllmReplica:
     async def stop(self) -> None:
         """See `phi4ray.protocol.Replica.stop`."""
         engine, self._engine = self._engine, None
+        disable_envs_cache()
         if self._http is not None:
             await self._http.aclose()
         if engine is not None:
@@ -171,24 +201,23 @@ class VllmReplica:
         self._guard.close()
 
 
-class _LatestStats(StatLoggerBase):
-    """Keeps the newest scheduler statistics where `VllmReplica.kv` reads them."""
+class _NoMetrics(PrometheusStatLogger):
+    """Stands in for vLLM's Prometheus metrics, and counts nothing."""
 
-    def __init__(self, replica: VllmReplica, config: VllmConfig, engine_index: int = 0) -> None:
-        self._replica = replica
+    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int] | None = None) -> None:
+        self.engine_indexes = engine_indexes or [0]
 
-    def record(
-        self,
-        scheduler_stats: SchedulerStats | None,
-        iteration_stats: Any,
-        mm_cache_stats: Any = None,
-        engine_idx: int = 0,
-    ) -> None:
-        if scheduler_stats is not None:
-            self._replica._stats = scheduler_stats
+    def record(self, *args: Any, **kw: Any) -> None:
+        """Ignore it."""
 
     def log_engine_initialized(self) -> None:
-        """Nothing to say."""
+        """Say nothing."""
+
+    def record_admission_rejection(self, reason: str) -> None:
+        """Ignore it."""
+
+    def record_sleep_state(self, *args: Any, **kw: Any) -> None:
+        """Ignore it."""
 
 
 def server_args(config: EngineConfig) -> Namespace:

@@ -5,20 +5,21 @@ Arrow table of the same length.
 """
 
 import base64
+import contextlib
 import io
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from threading import Lock
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic_core import to_json
 
 from phi4ray.batch.plan import Input, Slice
-from phi4ray.batch.rows import RESERVED, decode_line
+from phi4ray.batch.rows import RESERVED, as_text, decode_line, request_members
 from phi4ray.errors import InputChangedError, InputError, PreconditionError
 from phi4ray.protocol import Json, RowError
 from phi4ray.storage import storage_for
@@ -144,26 +145,34 @@ class Reader:
             data = storage_for(item.uri).read(item.uri, piece.start, piece.end, etag=item.etag)
             lines: list[bytes] = list(lines_of(io.BytesIO(data), item.uri))[: piece.rows]
         else:
-            cursor = self._cursor(piece, lambda: _Cursor(_blocks(open_lines(item)), 0))
-            lines = [line for block in cursor.take(piece.row_start, piece.rows) for line in block]
+            blocks = self._take(piece, lambda: _Cursor(_blocks(open_lines(item)), 0))
+            lines = [line for block in blocks for line in block]
         rows = [decode_line(line) for line in lines]
         return Records(rows, carried_table(rows, self._carried))
 
     def _parquet(self, item: Input, piece: Slice) -> Records:
-        cursor = self._cursor(piece, lambda: _batches_from(item, piece.row_start, self._carried))
-        table = pa.Table.from_batches(cursor.take(piece.row_start, piece.rows))
-        reserved = table.select([name for name in table.column_names if name in RESERVED])
-        return Records(_records(reserved), conform(table, self._carried))
+        table = pa.Table.from_batches(
+            self._take(piece, lambda: _batches_from(item, piece.row_start, self._carried))
+        )
+        rows = records_of(table.select([n for n in table.column_names if n in RESERVED]))
+        own = request_columns(table.column_names)
+        carried, broken = conform(
+            table.select([n for n in table.column_names if n not in own]), self._carried
+        )
+        for at, error in broken.items():
+            rows[at] = error
+        return Records(rows, carried)
 
-    def _cursor(self, piece: Slice, restart: Callable[[], "_Cursor"]) -> "_Cursor":
-        """The file's open cursor if it is not past the slice, else a new one."""
+    def _take(self, piece: Slice, restart: Callable[[], "_Cursor"]) -> list[Any]:
+        """A slice's batches, from the file's open cursor if that is not past them."""
         cursor = self._open.pop(piece.file, None)
         if cursor is None or cursor.position > piece.row_start:
             cursor = restart()
-        self._open[piece.file] = cursor
+        batches = cursor.take(piece.row_start, piece.rows)
+        self._open[piece.file] = cursor  # not one that has failed: it would seem to be at its end
         while len(self._open) > MAX_OPEN_FILES:
             self._open.popitem(last=False)
-        return cursor
+        return batches
 
 
 class _Cursor:
@@ -212,16 +221,22 @@ def _batches_from(item: Input, row_start: int, carried: pa.Schema) -> _Cursor:
     return _Cursor(batches(), first)
 
 
-def _records(table: pa.Table) -> list[Json | RowError]:
+def request_columns(names: Sequence[str]) -> frozenset[str]:
+    """The columns of a Parquet file that make its requests; see `rows.request_members`."""
+    return request_members(dict.fromkeys(names, True))
+
+
+def records_of(table: pa.Table) -> list[Json | RowError]:
+    """Decode the rows of a Parquet table."""
     try:
-        return [without_nulls(row) for row in table.to_pylist()]
+        return [plain(row) for row in table.to_pylist(maps_as_pydicts="lossy")]
     except UnicodeDecodeError:  # Arrow does not check that Parquet strings are UTF-8
         return [_checked_record(table.slice(row, 1)) for row in range(table.num_rows)]
 
 
 def _checked_record(row: pa.Table) -> Json | RowError:
     try:
-        record: Json = without_nulls(row.to_pylist()[0])
+        record: Json = plain(row.to_pylist(maps_as_pydicts="lossy")[0])
     except UnicodeDecodeError as error:
         return RowError("invalid_utf8", f"the row holds text that is not UTF-8: {error.reason}")
     return record
@@ -237,20 +252,34 @@ def wanted_columns(schema: pa.Schema, carried: pa.Schema) -> list[str]:
     return [name for name in schema.names if name in RESERVED or name in carried.names]
 
 
-def without_nulls(value: Any) -> Any:
-    """Drop null members at any depth: a Parquet struct states every member, JSON only its own."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
+def plain(value: Any) -> Any:
+    """A Parquet value as JSON has it.
+
+    Members that are null are dropped at any depth: a Parquet struct states every member, JSON
+    only its own. Binary data is text where it is UTF-8, for writers that do not mark their text.
+    """
+    match value:
+        case None | str() | bool() | int() | float():
+            return value
+        case dict():
+            return {key: plain(item) for key, item in value.items() if item is not None}
+        case list():
+            return [plain(item) for item in value]
+        case Decimal():
+            return int(value) if value == value.to_integral_value() else float(value)
+        case bytes():
+            with contextlib.suppress(UnicodeDecodeError):
+                return value.decode()
+            return value
+        case _:
+            return str(value)
 
 
 def carried_table(rows: Sequence[Json | RowError], schema: pa.Schema) -> pa.Table:
     """The carried members of decoded lines, typed as the plan found them over all inputs."""
     arrays = []
     for column in schema:
-        values = [None if isinstance(row, RowError) else row.get(column.name) for row in rows]
+        values = [_carried(row, column.name) for row in rows]
         if pa.types.is_string(column.type):
             values = [as_text(value) for value in values]
         elif pa.types.is_floating(column.type):
@@ -259,23 +288,55 @@ def carried_table(rows: Sequence[Json | RowError], schema: pa.Schema) -> pa.Tabl
     return pa.table(arrays, schema=schema)
 
 
-def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Bring a Parquet table's carried columns to the job's types; absent ones become null."""
+def _carried(row: Json | RowError, name: str) -> Any:
+    if isinstance(row, RowError) or (name in RESERVED and name in request_members(row)):
+        return None
+    return row.get(name)
+
+
+def conform(table: pa.Table, schema: pa.Schema) -> tuple[pa.Table, dict[int, RowError]]:
+    """Bring a Parquet table's carried columns to the job's types; absent ones become null.
+
+    Values that cannot be carried, such as text that is not UTF-8, become null too; the errors
+    of their rows come with the table, by row.
+    """
+    broken: dict[int, RowError] = {}
     arrays: list[Any] = []
     for column in schema:
         if column.name not in table.column_names:
             arrays.append(pa.nulls(table.num_rows, column.type))
-        elif (found := table[column.name]).type == column.type:
-            arrays.append(found)
-        elif pa.types.is_string(column.type):
-            arrays.append(pa.array([as_text(v) for v in found.to_pylist()], pa.string()))
-        else:
-            arrays.append(found.cast(column.type))
-    return pa.table(arrays, schema=schema)
+            continue
+        found = table[column.name]
+        try:
+            arrays.append(_as_type(found, column.type))
+        except ValueError:  # of Arrow, or of text that cannot be decoded
+            cells: list[Any] = []
+            for at in range(table.num_rows):
+                cell = found.slice(at, 1).combine_chunks()
+                if pa.types.is_dictionary(cell.type):  # it may hold other rows' broken values
+                    cell = cell.dictionary_decode()
+                try:
+                    cells.append(_as_type(cell, column.type))
+                except ValueError as error:
+                    cells.append(pa.nulls(1, column.type))
+                    broken[at] = _broken(cell, column.name, error)
+            arrays.append(pa.chunked_array(cells, column.type))
+    return pa.table(arrays, schema=schema), broken
 
 
-def as_text(value: Any) -> str | None:
-    """Text as it is, anything else as JSON: for columns whose rows have no common type."""
-    if value is None or isinstance(value, str):
-        return value
-    return to_json(value, fallback=str, inf_nan_mode="null").decode()
+def _broken(cell: Any, name: str, error: ValueError) -> RowError:
+    try:
+        cell.validate(full=True)
+    except pa.ArrowInvalid:
+        return RowError("invalid_utf8", f"column {name!r} holds text that is not UTF-8")
+    return RowError("invalid_value", f"the value of column {name!r} does not fit: {error}")
+
+
+def _as_type(found: Any, kind: pa.DataType) -> Any:
+    found.validate(full=True)  # Arrow does not check that Parquet strings are UTF-8
+    if found.type == kind:
+        return found
+    if pa.types.is_string(kind):
+        return pa.array([as_text(value) for value in found.to_pylist()], kind)
+    # Integers among reals may lose their last digits, as in any column of reals.
+    return found.cast(kind, safe=not pa.types.is_floating(kind))

@@ -2,25 +2,29 @@
 
 A record is one decoded JSONL line or one Parquet row. Two forms are understood:
 
+    columns             prompt | messages, and optionally id (or custom_id), sampling
     OpenAI Batch line   custom_id, method, url, body
-    columns             prompt | messages, and optionally id, sampling
 
-Every other member is carried through to the output untouched.
+A record with a prompt or messages has the first form, whatever else is in it. Every other member
+is carried through to the output untouched.
 """
 
+import base64
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from phi4ray.config import BatchConfig, Endpoint
 from phi4ray.protocol import Json, RowError
 
 BATCH_LINE = frozenset({"custom_id", "method", "url", "body"})
-COLUMNS = frozenset({"id", "prompt", "messages", "sampling"})
+COLUMNS = frozenset({"custom_id", "id", "prompt", "messages", "sampling"})
 RESERVED = BATCH_LINE | COLUMNS
-"""Members that make the request; all others are carried."""
+"""Members that may make a request; see `request_members`."""
 
 ENDPOINTS: tuple[Endpoint, ...] = get_args(Endpoint)
 
@@ -63,12 +67,35 @@ def decode_line(line: bytes) -> Json | RowError:
     return record
 
 
+def request_members(record: Mapping[str, Any]) -> frozenset[str]:
+    """The members that make this record's request; all others are carried.
+
+    A page's `url` or a mail's `body` beside its prompt are no parts of a Batch line.
+    """
+    if record.get("prompt") is not None or record.get("messages") is not None:
+        return COLUMNS
+    return RESERVED if record.get("body") is None else BATCH_LINE
+
+
 def record_id(record: Json) -> str | None:
     """The id that a record states, as text; None where it states none."""
-    value = record.get("custom_id")
-    if value is None:
-        value = record.get("id")
-    return None if value is None else str(value)
+    for name in ("custom_id", "id"):
+        if identifier := as_text(record.get(name)):
+            return identifier
+    return None
+
+
+def as_text(value: Any) -> str | None:
+    """Text as it is; numbers, lists and objects as JSON; binary data as base64; NaN is none."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, bool | int | float | list | dict):
+        return to_json(value, fallback=str, inf_nan_mode="null", bytes_mode="base64").decode()
+    return str(value)
 
 
 def to_request(record: Json, defaults: Defaults) -> Request | RowError:
@@ -83,19 +110,23 @@ def to_request(record: Json, defaults: Defaults) -> Request | RowError:
     if body.get("stream"):
         return RowError("unsupported_parameter", "'stream' has no meaning in a batch: remove it")
     body.pop("stream_options", None)
-    return Request(endpoint, {**defaults.sampling, **body, "model": defaults.model})
+    body = {**defaults.sampling, **body, "model": defaults.model}
+    try:
+        json.dumps(body, allow_nan=False)
+    except (TypeError, ValueError) as error:  # NaN, or what Parquet holds and JSON cannot
+        return RowError("invalid_value", f"the request cannot be written as JSON: {error}")
+    return Request(endpoint, body)
 
 
 def _parse(record: Json, defaults: Defaults) -> tuple[Endpoint, Json]:
-    if record.get("body") is not None:
+    messages, prompt = record.get("messages"), record.get("prompt")
+    if messages is None and prompt is None:
+        if record.get("body") is None:
+            raise _BadField("missing_prompt", "the row has no 'prompt', 'messages' or 'body'")
         return _batch_line(record)
     own = _object(record, "sampling") if record.get("sampling") is not None else {}
-    messages = record.get("messages")
     if messages is not None:
         return "/v1/chat/completions", {**own, "messages": _messages(messages)}
-    prompt = record.get("prompt")
-    if prompt is None:
-        raise _BadField("missing_prompt", "the row has no 'prompt', 'messages' or 'body'")
     if defaults.endpoint != "/v1/chat/completions":
         if not isinstance(prompt, str | list):
             raise _BadField("invalid_type", f"'prompt' is {_kind(prompt)}, not a string")

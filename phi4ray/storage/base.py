@@ -49,7 +49,9 @@ class Storage(Protocol):
         ...
 
     def open(self, uri: str, *, etag: str | None = None) -> BinaryIO:
-        """A buffered, seekable stream over an object; reading on costs one request in all.
+        """A buffered, seekable stream over an object.
+
+        Cost: one look-up, and one request for all that is read on without a far seek.
 
         Raises:
             ObjectNotFoundError: there is none.

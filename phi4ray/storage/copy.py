@@ -4,8 +4,9 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from phi4ray.errors import ObjectNotFoundError
+from phi4ray.errors import ObjectNotFoundError, StorageError
 from phi4ray.storage.base import ObjectInfo
+from phi4ray.storage.local import translated
 from phi4ray.storage.uris import join, storage_for
 
 STREAMS = 16
@@ -19,6 +20,7 @@ def copy_tree(source: str, folder: Path) -> Path:
 
     Raises:
         ObjectNotFoundError: there is nothing below the prefix.
+        StorageError: this machine cannot hold the files, or a name leads out of the folder.
     """
     root = join(source, "")
     items = list(storage_for(root).list(root))
@@ -26,21 +28,35 @@ def copy_tree(source: str, folder: Path) -> Path:
         raise ObjectNotFoundError(f"there is nothing under {root}")
 
     def copy(item: ObjectInfo) -> None:
-        target = folder / item.uri.removeprefix(root)
-        note = folder / ".phi4ray" / f"{item.uri.removeprefix(root)}.etag"
-        if target.exists() and note.exists() and note.read_text() == item.etag:
-            return
-        for path in (target, note):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.part")
-        with (
-            storage_for(item.uri).open(item.uri, etag=item.etag) as stream,
-            part.open("wb") as copied,
-        ):
-            shutil.copyfileobj(stream, copied, 8 << 20)
-        part.replace(target)
-        note.write_text(item.etag)
+        name = item.uri.removeprefix(root)
+        if ".." in name.split("/") or name.startswith("/"):
+            raise StorageError(f"{item.uri} would be copied out of {folder}: rename it")
+        target = folder / name
+        note = folder / ".phi4ray" / f"{name}.etag"
+        with translated(str(target)):
+            if _is_copy(target, note, item):
+                return
+            for path in (target, note):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            part = target.with_name(f".{target.name}.part")
+            with (
+                storage_for(item.uri).open(item.uri, etag=item.etag) as stream,
+                part.open("wb") as copied,
+            ):
+                shutil.copyfileobj(stream, copied, 8 << 20)
+            part.replace(target)
+            note.write_text(item.etag)
 
     with ThreadPoolExecutor(STREAMS) as pool:
         list(pool.map(copy, items))
     return folder
+
+
+def _is_copy(target: Path, note: Path, item: ObjectInfo) -> bool:
+    # The size, too: a machine that lost power may have kept the name and not the content.
+    return (
+        target.exists()
+        and note.exists()
+        and target.stat().st_size == item.size
+        and note.read_text() == item.etag
+    )

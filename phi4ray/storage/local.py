@@ -4,10 +4,11 @@ import contextlib
 import errno
 import hashlib
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 from phi4ray.errors import (
     AccessDeniedError,
@@ -21,15 +22,25 @@ from phi4ray.storage.base import ObjectInfo
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
 
 
+def path_of(uri: str) -> str:
+    """The absolute path that a plain path or a `file://` URI means; a final `/` is kept."""
+    path = uri.removeprefix("file://")
+    return os.path.abspath(path) + ("/" if path.endswith("/") and path != "/" else "")
+
+
 class LocalStorage:
-    """A `phi4ray.storage.Storage` over absolute paths. A rename is what makes writes atomic."""
+    """A `phi4ray.storage.Storage` over files. A rename is what makes writes atomic.
+
+    Paths may be relative or `file://` URIs; what is given back is always an absolute path.
+    """
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """See `Storage.list`."""
-        with _translated(prefix):
+        root = path_of(prefix)
+        with translated(root):
             found = [
                 os.path.join(folder, name)
-                for folder, _, names in os.walk(prefix, onerror=_unless_missing)
+                for folder, _, names in os.walk(root, onerror=_unless_missing)
                 for name in names
             ]
         for path in sorted(found):
@@ -38,66 +49,78 @@ class LocalStorage:
 
     def head(self, uri: str) -> ObjectInfo:
         """See `Storage.head`."""
-        with _translated(uri):
-            return _info(uri, os.stat(uri))
+        path = path_of(uri)
+        with translated(path):
+            return _info(path, os.stat(path))
 
     def read(
         self, uri: str, start: int = 0, end: int | None = None, *, etag: str | None = None
     ) -> bytes:
         """See `Storage.read`."""
-        with _translated(uri), self.open(uri, etag=etag) as stream:
+        with self.open(uri, etag=etag) as stream, translated(path_of(uri)):
             stream.seek(start)
             return stream.read() if end is None else stream.read(max(0, end - start))
 
     def open(self, uri: str, *, etag: str | None = None) -> BinaryIO:
         """See `Storage.open`. The stream stays on the content that it was opened on."""
-        with _translated(uri):
-            stream = Path(uri).open("rb")  # noqa: SIM115
-            found = _info(uri, os.fstat(stream.fileno())).etag
+        path = path_of(uri)
+        with translated(path):
+            stream = Path(path).open("rb")  # noqa: SIM115
+            found = _info(path, os.fstat(stream.fileno())).etag
         if etag not in (None, found):
             stream.close()
-            raise PreconditionError(f"{uri} is no longer the file it was")
+            raise PreconditionError(f"{path} is no longer the file it was")
         return stream
 
     def write(self, uri: str, data: bytes, *, sha256: str | None = None) -> None:
         """See `Storage.write`."""
-        with _translated(uri), _written_beside(uri, data) as temporary:
-            os.replace(temporary, uri)
+        path = path_of(uri)
+        with translated(path), _written_beside(path, data) as temporary:
+            os.replace(temporary, path)
 
     def write_new(self, uri: str, data: bytes, *, sha256: str | None = None) -> None:
         """See `Storage.write_new`; the check is atomic where the file system has hard links."""
-        with _translated(uri), _written_beside(uri, data) as temporary:
+        path = path_of(uri)
+        with translated(path), _written_beside(path, data) as temporary:
             try:
-                os.link(temporary, uri)
+                os.link(temporary, path)
+            except FileExistsError as error:
+                raise PreconditionError(f"{path} exists already") from error
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise
-                if os.path.exists(uri):
-                    raise FileExistsError(error.errno, "it exists", uri) from error
-                os.replace(temporary, uri)
+                if os.path.exists(path):
+                    raise PreconditionError(f"{path} exists already") from error
+                os.replace(temporary, path)
 
     def sha256(self, uri: str) -> str:
         """See `Storage.sha256`."""
-        with _translated(uri), Path(uri).open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        with self.open(uri) as stream, translated(path_of(uri)):
+            return hashlib.file_digest(cast(Any, stream), "sha256").hexdigest()
 
     def delete(self, uri: str) -> None:
         """See `Storage.delete`."""
-        with _translated(uri):
-            Path(uri).unlink(missing_ok=True)
+        path = path_of(uri)
+        with translated(path):
+            Path(path).unlink(missing_ok=True)
 
 
-def _info(uri: str, found: os.stat_result) -> ObjectInfo:
-    if os.path.isdir(uri):
-        raise FileNotFoundError(errno.ENOENT, "is a folder", uri)
-    return ObjectInfo(uri, found.st_size, f"{found.st_mtime_ns:x}-{found.st_size:x}")
+def _info(path: str, found: os.stat_result) -> ObjectInfo:
+    if stat.S_ISDIR(found.st_mode):
+        raise FileNotFoundError(errno.ENOENT, "is a folder", path)
+    return ObjectInfo(path, found.st_size, f"{found.st_mtime_ns:x}-{found.st_size:x}")
 
 
 @contextlib.contextmanager
-def _written_beside(uri: str, data: bytes) -> Iterator[str]:
+def _written_beside(path: str, data: bytes) -> Iterator[str]:
     """A complete file in the target's folder, under a name that no reader takes for data."""
-    folder = os.path.dirname(uri)
-    os.makedirs(folder, exist_ok=True)
+    folder = os.path.dirname(path)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise StorageError(f"{path}: a file stands where its folder should be") from error
+    if os.path.isdir(path):
+        raise StorageError(f"{path} is a folder: choose another name")
     handle, temporary = tempfile.mkstemp(prefix=".phi4ray-", dir=folder)
     try:
         with os.fdopen(handle, "wb") as stream:
@@ -126,13 +149,12 @@ def _unless_missing(error: OSError) -> None:
 
 
 @contextlib.contextmanager
-def _translated(uri: str) -> Iterator[None]:
+def translated(uri: str) -> Iterator[None]:
+    """Turn the system's errors about a file into ours."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise ObjectNotFoundError(f"there is no file {uri}") from error
-    except FileExistsError as error:
-        raise PreconditionError(f"{uri} exists already") from error
     except PermissionError as error:
         raise AccessDeniedError(f"{uri}: {error.strerror}: check the file's permissions") from error
     except OSError as error:

@@ -32,6 +32,7 @@ from botocore.exceptions import (
 
 from phi4ray.errors import (
     AccessDeniedError,
+    ConfigError,
     ObjectNotFoundError,
     PreconditionError,
     StorageError,
@@ -47,7 +48,7 @@ DIGEST = "phi4ray-sha256"
 """Name of the user metadata that keeps a content's digest."""
 
 RETRIES = 10
-"""Attempts of a request, by the client's own backoff, before it is a transient error."""
+"""How often the client sends a request again, backing off, before it is a transient error."""
 
 MULTIPART_BYTES = 64 << 20
 BUFFER_BYTES = 1 << 20
@@ -63,17 +64,22 @@ _TRANSIENT = {"408", "409", "429", "500", "502", "503", "504", "InternalError", 
               "ServiceUnavailable", "RequestTimeout", "ConditionalRequestConflict",
               "OperationAborted", "Throttling", "ThrottlingException", "RequestLimitExceeded",
               "RequestTimeTooSkewed"}  # fmt: skip
-_UNSUPPORTED = {"501", "NotImplemented"}
+_UNSUPPORTED = {"501", "NotImplemented", "InvalidArgument"}
 _CHECKSUMS = ("XAmzContentSHA256Mismatch", "MissingContentLength", "BadDigest", "checksum",
               "aws-chunked", "trailer")  # fmt: skip
 _CUT = (IncompleteReadError, ResponseStreamingError, HTTPClientError, BotoConnectionError)
 
 
 class S3Storage:
-    """A `phi4ray.storage.Storage` over `s3://bucket/key`. One client serves all threads."""
+    """A `phi4ray.storage.Storage` over `s3://bucket/key`.
 
-    def __init__(self) -> None:
-        self._client: S3Client = _client(os.getpid())
+    It holds nothing, so that it can be sent to other processes and used after a fork.
+    """
+
+    @property
+    def _client(self) -> "S3Client":
+        with _lock:
+            return _client(os.getpid())
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """See `Storage.list`."""
@@ -132,24 +138,17 @@ class S3Storage:
 
     def write_new(self, uri: str, data: bytes, *, sha256: str | None = None) -> None:
         """See `Storage.write_new`. Large objects are looked up first and then written."""
-        bucket, key = split(uri)
         sha256 = sha256 or hashlib.sha256(data).hexdigest()
         if len(data) <= MULTIPART_BYTES:
             try:
-                with _translated(uri):
-                    self._client.put_object(
-                        Bucket=bucket,
-                        Key=key,
-                        Body=data,
-                        Metadata={DIGEST: sha256},
-                        IfNoneMatch="*",
-                    )
+                _unconflicted(self._put_new, uri, data, sha256)
                 return
             except PreconditionError:
                 # The client may have repeated a request that had been carried out.
-                if self._head(uri).get("Metadata", {}).get(DIGEST) != sha256:
-                    raise
-                return
+                with contextlib.suppress(ObjectNotFoundError):
+                    if self._head(uri).get("Metadata", {}).get(DIGEST) == sha256:
+                        return
+                raise
             except StorageError as error:
                 if not _unsupported(error.__cause__):
                     raise
@@ -157,6 +156,13 @@ class S3Storage:
             self.head(uri)
             raise PreconditionError(f"{uri} exists already")
         self.write(uri, data, sha256=sha256)
+
+    def _put_new(self, uri: str, data: bytes, sha256: str) -> None:
+        bucket, key = split(uri)
+        with _translated(uri):
+            self._client.put_object(
+                Bucket=bucket, Key=key, Body=data, Metadata={DIGEST: sha256}, IfNoneMatch="*"
+            )
 
     def sha256(self, uri: str) -> str:
         """See `Storage.sha256`."""
@@ -188,6 +194,7 @@ class _Stream(io.RawIOBase):
     ) -> None:
         self._client, self._uri, self._etag = client, uri, etag
         self._position, self._end = start, size if end is None else end
+        self._sized = size is not None
         self._body: Any = None
         self._body_at = 0
 
@@ -254,17 +261,28 @@ class _Stream(io.RawIOBase):
         bucket, key = split(self._uri)
         last = "" if self._end is None else str(self._end - 1)
         condition: dict[str, Any] = {"IfMatch": f'"{self._etag}"'} if self._etag else {}
-        try:
-            response = self._client.get_object(
-                Bucket=bucket, Key=key, Range=f"bytes={self._position}-{last}", **condition
-            )
-        except ClientError as error:
-            if _code(error) in ("416", "InvalidRange"):  # at or behind the object's end
-                return
-            raise
+        # Translated here: the client has retried this, and only cut bodies are to be resumed.
+        with _translated(self._uri):
+            try:
+                response = self._client.get_object(
+                    Bucket=bucket, Key=key, Range=f"bytes={self._position}-{last}", **condition
+                )
+            except ClientError as error:
+                if _code(error) not in ("416", "InvalidRange"):
+                    raise
+                if self._sized:
+                    raise PreconditionError(
+                        f"{self._uri} became shorter while it was read"
+                    ) from error
+                return  # the caller asked for bytes behind the object's end
         self._body, self._body_at = response["Body"], self._position
-        # From here on every byte must be of this object, and all of it must come.
-        self._etag = self._etag or _etag(response)
+        if self._position and "ContentRange" not in response:
+            raise StorageError(f"{self._uri}: the server ignores Range, so it cannot be read from")
+        # From here on every byte must be of this object, and all of it must come. Not every
+        # server knows If-Match.
+        if self._etag and self._etag != _etag(response):
+            raise PreconditionError(f"{self._uri} changed while it was read")
+        self._etag, self._sized = _etag(response), True
         length = self._position + response["ContentLength"]
         self._end = length if self._end is None else min(self._end, length)
 
@@ -282,9 +300,18 @@ class _Stream(io.RawIOBase):
 _resumed = tenacity.Retrying(
     retry=tenacity.retry_if_exception_type(_CUT),
     wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
-    stop=tenacity.stop_after_attempt(10),
+    stop=tenacity.stop_after_attempt(RETRIES),
     reraise=True,
 )
+
+
+def _conflict(error: BaseException) -> bool:
+    cause = error.__cause__
+    return isinstance(cause, ClientError) and _code(cause) == "ConditionalRequestConflict"
+
+
+# Two writers at once: S3 asks both to come again, and then tells one that it lost.
+_unconflicted = _resumed.copy(retry=tenacity.retry_if_exception(_conflict))
 
 
 @functools.lru_cache(maxsize=1)
@@ -299,13 +326,27 @@ def _client(process: int) -> "S3Client":
         # Few servers other than AWS have a name for every bucket.
         s3={"addressing_style": "path"} if custom else {},
     )
-    with _lock:
+    try:
         session = boto3.Session()
         region = session.region_name or ("us-east-1" if custom else None)
         return session.client("s3", config=config, region_name=region)
+    except (BotoCoreError, ValueError) as error:
+        raise ConfigError(
+            f"S3 is not configured: {error}: check AWS_PROFILE, AWS_CONFIG_FILE and "
+            "AWS_ENDPOINT_URL, which begins with http:// or https://"
+        ) from error
 
 
 _lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+# Another thread may hold it while this process forks.
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def split(uri: str) -> tuple[str, str]:
@@ -315,7 +356,7 @@ def split(uri: str) -> tuple[str, str]:
 
 
 def _etag(found: Any) -> str:
-    return str(found.get("ETag", "")).strip('"')
+    return str(found.get("ETag", "")).removeprefix("W/").strip('"')
 
 
 def _code(error: ClientError) -> str:
@@ -357,17 +398,17 @@ def _of_client_error(uri: str, error: ClientError) -> StorageError:
     if code in _PRECONDITION:
         return PreconditionError(f"{uri} is not the expected object, or exists already")
     text = str(error)
-    if any(word.lower() in text.lower() for word in _CHECKSUMS):
-        return StorageError(
-            f"{uri}: {text}. Some S3 servers refuse the checksums that newer clients send: set "
-            "AWS_REQUEST_CHECKSUM_CALCULATION=when_required and "
-            "AWS_RESPONSE_CHECKSUM_VALIDATION=when_required"
-        )
     if code in _DENIED:
         return AccessDeniedError(
             f"{uri}: {text}: check that AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
             f"AWS_SESSION_TOKEN and AWS_ENDPOINT_URL are right for bucket {bucket}, and what its "
             "policy allows"
+        )
+    if any(word.lower() in text.lower() for word in _CHECKSUMS):
+        return StorageError(
+            f"{uri}: {text}. Some S3 servers refuse the checksums that newer clients send: set "
+            "AWS_REQUEST_CHECKSUM_CALCULATION=when_required and "
+            "AWS_RESPONSE_CHECKSUM_VALIDATION=when_required"
         )
     if code in _TRANSIENT or status in _TRANSIENT:
         return TransientStorageError(f"{uri}: {text}")

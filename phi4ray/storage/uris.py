@@ -1,12 +1,12 @@
 """Names: joining them, their one normal form, and the objects that patterns stand for."""
 
-import os
 import re
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 
 from phi4ray.errors import ConfigError, InputError, ObjectNotFoundError
 from phi4ray.storage.base import ObjectInfo, Storage
-from phi4ray.storage.local import LocalStorage
+from phi4ray.storage.local import LocalStorage, path_of
 from phi4ray.storage.s3 import SCHEME, S3Storage
 
 ENDINGS = (
@@ -41,10 +41,9 @@ def normal(uri: str) -> str:
             raise ConfigError(f"{uri!r} names no bucket")
         return uri
     scheme, separator, _ = uri.partition("://")
-    if separator and scheme.isalnum() and scheme != "file":
+    if separator and "/" not in scheme and scheme != "file":
         raise ConfigError(f"{uri!r}: known are s3://, file:// and plain paths")
-    path = uri.removeprefix("file://")
-    return os.path.abspath(path) + ("/" if path.endswith("/") and path != "/" else "")
+    return path_of(uri)
 
 
 def join(uri: str, name: str) -> str:
@@ -80,26 +79,28 @@ def expand(patterns: Sequence[str]) -> list[ObjectInfo]:
 
 
 def _matches(pattern: str) -> Iterator[ObjectInfo]:
-    storage = storage_for(pattern)
-    if not pattern.endswith("/"):
-        # A file may be called like a glob, or like a folder.
+    storage, magic = storage_for(pattern), _MAGIC.search(pattern)
+    if magic and pattern.startswith(SCHEME) and pattern.count("/", 0, magic.start()) == 2:
+        raise InputError(f"--input {pattern}: a bucket is named in full, it cannot be a pattern")
+    bucket = pattern.startswith(SCHEME) and pattern.count("/") == 2
+    # A file may be called like a glob, or like a folder; a folder may be called like a glob.
+    if not pattern.endswith("/") and not bucket:
         try:
             yield storage.head(pattern)
             return
         except ObjectNotFoundError:
             pass
-    magic = _MAGIC.search(pattern)
-    if not magic:
-        root = join(pattern, "")
-        for item in storage.list(root):
-            if item.uri.endswith(ENDINGS) and not _hidden(item.uri.removeprefix(root)):
+    folder = join(pattern, "")
+    if not magic or any(storage.list(folder)):
+        for item in storage.list(folder):
+            if item.uri.endswith(ENDINGS) and not _hidden(item.uri.removeprefix(folder)):
                 yield item
         return
     root = pattern[: pattern.rindex("/", 0, magic.start()) + 1]
-    expression = re.compile(_translate(pattern.removeprefix(root)))
+    globs = pattern.removeprefix(root).split("/")
     for item in storage.list(root):
         name = item.uri.removeprefix(root)
-        if expression.fullmatch(name) and not _hidden(name):
+        if not _hidden(name) and _fits(name.split("/"), globs):
             yield item
 
 
@@ -107,22 +108,10 @@ def _hidden(name: str) -> bool:
     return any(piece.startswith((".", "_")) for piece in name.split("/"))
 
 
-def _translate(pattern: str) -> str:
-    """A glob as a regular expression: only `**` crosses a `/`."""
-    result = ""
-    for piece in re.findall(r"\*\*/|\*\*|\*|\?|\[[^]]+\]|.", pattern, re.DOTALL):
-        match piece:
-            case "**/":
-                result += "(?:.*/)?"
-            case "**":
-                result += ".*"
-            case "*":
-                result += "[^/]*"
-            case "?":
-                result += "[^/]"
-            case _ if len(piece) > 1:
-                inner = piece[1:-1].replace("\\", "\\\\")
-                result += f"[^{inner[1:]}]" if inner[0] == "!" else f"[{inner}]"
-            case _:
-                result += re.escape(piece)
-    return result
+def _fits(pieces: Sequence[str], globs: Sequence[str]) -> bool:
+    """Whether a path fits a glob, piece by piece: only `**` stands for any number of them."""
+    if not globs:
+        return not pieces
+    if globs[0] == "**":
+        return any(_fits(pieces[skip:], globs[1:]) for skip in range(len(pieces) + 1))
+    return bool(pieces) and fnmatchcase(pieces[0], globs[0]) and _fits(pieces[1:], globs[1:])

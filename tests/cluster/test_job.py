@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.engine, pytest.mark.timeout(600)]
 
 @pytest.fixture
 def cluster(s3_prefix: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A Ray cluster of this machine, with the AWS variables on it; gives its dashboard's address."""
+    """A Ray cluster of this machine, with the AWS variables on it; gives where its dashboard is."""
     port = "8277"
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # no token is left on this machine
     command = [BIN / "ray", "start", "--head", "--num-cpus=2", f"--dashboard-port={port}"]
