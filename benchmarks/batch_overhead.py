@@ -126,7 +126,9 @@ def measure(side: str, engine: str, folder: Path) -> dict[str, Any]:
     if done.returncode:
         print(done.stdout, file=sys.stderr)
         return {"failed": done.returncode}
-    return json.loads(done.stdout.splitlines()[-1]) | {"wall_s": round(time.monotonic() - began, 1)}
+    # Engines may say more on their way out.
+    said = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
+    return json.loads(said) | {"wall_s": round(time.monotonic() - began, 1)}
 
 
 def run_side(side: str, engine: str, folder: Path) -> None:

@@ -120,7 +120,7 @@ class RayExecutor:
                 "board": self._board,
                 "environment": self._environment,
             },
-            batch_size=None,
+            batch_size=1,
             compute=ray.data.ActorPoolStrategy(
                 min_size=fewest,
                 max_size=most,

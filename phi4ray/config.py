@@ -3,11 +3,13 @@
 Names are vLLM's where vLLM has one. Units are in the names.
 """
 
+import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticSerializationError
 
 from phi4ray.errors import ConfigError
 
@@ -107,6 +109,17 @@ class BatchConfig(Config):
     gpu_hour_price: float | None = Field(None, ge=0, description="Currency units a GPU hour")
     progress_interval_s: float = Field(10.0, gt=0, description="Between lines off a terminal")
 
+    @field_validator("sampling")
+    @classmethod
+    def _as_json(cls, sampling: Mapping[str, Any]) -> Mapping[str, Any]:
+        # YAML has dates, and keys that are numbers; what is sent to an engine has not.
+        try:
+            return cast(
+                dict[str, Any], json.loads(json.dumps(sampling, default=str, allow_nan=False))
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"it cannot be written as JSON: {error}") from error
+
     @model_validator(mode="after")
     def _check(self) -> "BatchConfig":
         if self.max_replicas is not None and self.max_replicas < self.min_replicas:
@@ -114,6 +127,10 @@ class BatchConfig(Config):
         for reserved in ("stream", "model", "messages", "prompt", "input"):
             if reserved in self.sampling:
                 raise ValueError(f"sampling cannot set {reserved!r}: it belongs to the row")
+        try:
+            self.model_dump_json(fallback=str)
+        except PydanticSerializationError as error:  # from a terminal that is not UTF-8
+            raise ValueError("some of its text is not UTF-8") from error
         return self
 
 

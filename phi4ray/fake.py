@@ -51,7 +51,8 @@ class FakeReplica:
         if text is None:
             return refusal("invalid_type", "the request has no prompt")
         prompt_tokens = max(1, len(text) // 4)
-        max_tokens = body.get("max_tokens", body.get("max_completion_tokens", 16))
+        limits = body.get("max_completion_tokens"), body.get("max_tokens"), 16
+        max_tokens = next(limit for limit in limits if limit is not None)
         if not isinstance(max_tokens, int) or max_tokens < 1:
             return refusal("invalid_type", f"max_tokens must be a positive integer: {max_tokens!r}")
         if prompt_tokens + max_tokens > self.kv().max_model_len:
@@ -101,6 +102,8 @@ def prompt_text(endpoint: Endpoint, body: Json) -> str | None:
         messages = body.get("messages")
         if not isinstance(messages, list):
             return None
+        if not all(isinstance(message, dict) for message in messages):
+            return None
         return "\n".join(str(message.get("content") or "") for message in messages)
     value = body.get("prompt" if endpoint == "/v1/completions" else "input")
     return value if isinstance(value, str) else None if value is None else str(value)
@@ -108,7 +111,10 @@ def prompt_text(endpoint: Endpoint, body: Json) -> str | None:
 
 def fake_text(prompt: str) -> str:
     """The answer that the fake engine gives to a prompt: tests recompute it."""
-    return "fake:" + hashlib.blake2b(prompt.encode(), digest_size=8).hexdigest()
+    return (
+        "fake:"
+        + hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    )
 
 
 def _response(endpoint: Endpoint, model: str, prompt: str, prompt_tokens: int) -> Json:

@@ -8,7 +8,7 @@ import contextlib
 import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import uvloop
 
@@ -138,6 +138,8 @@ def in_thread(
     """
     with ThreadPoolExecutor(1, thread_name_prefix="phi4ray-shards") as pool:
         running = pool.submit(work)
+        wake: Any = results  # or the end would be noticed only after a tick
+        running.add_done_callback(lambda _: wake.put(None))
         try:
             while not (ended := running.done()) or not results.empty():
                 try:

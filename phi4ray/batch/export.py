@@ -56,5 +56,8 @@ def batch_line(row: Result, request_id: str) -> Json:
 
 
 def _status(body: Json) -> int:
-    code = body["error"].get("code") if isinstance(body.get("error"), dict) else None
-    return code if isinstance(code, int) else 400
+    error = body.get("error")
+    error = error if isinstance(error, dict) else {}
+    if isinstance(code := error.get("code"), int):
+        return code
+    return 500 if error.get("type") == "server_error" else 400

@@ -4,7 +4,6 @@ A `Records` is what a slice reads to: one record or error a row, and the carried
 Arrow table of the same length.
 """
 
-import base64
 import contextlib
 import io
 import itertools
@@ -18,8 +17,9 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from phi4ray.batch.carried import carried_table, conform
 from phi4ray.batch.plan import Input, Slice
-from phi4ray.batch.rows import RESERVED, as_text, decode_line, request_members
+from phi4ray.batch.rows import RESERVED, decode_line, request_members
 from phi4ray.errors import InputChangedError, InputError, PreconditionError
 from phi4ray.protocol import Json, RowError
 from phi4ray.storage import storage_for
@@ -34,16 +34,6 @@ class Records:
 
     rows: list[Json | RowError]
     carried: pa.Table
-
-
-def encode_schema(schema: pa.Schema) -> str:
-    """An Arrow schema as text, for the plan file."""
-    return base64.b64encode(schema.remove_metadata().serialize()).decode()
-
-
-def decode_schema(text: str) -> pa.Schema:
-    """The schema that `encode_schema` wrote."""
-    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))
 
 
 def is_parquet(uri: str) -> bool:
@@ -210,15 +200,22 @@ def _batches_from(item: Input, row_start: int, carried: pa.Schema) -> _Cursor:
     while first + (count := file.metadata.row_group(group).num_rows) <= row_start:
         group, first = group + 1, first + count
     names = wanted_columns(file.schema_arrow, carried)
-    groups = list(range(group, file.metadata.num_row_groups))
+    return _Cursor(read_batches(item, file, names, group), first)
 
-    def batches() -> Iterator[pa.RecordBatch]:
-        try:
-            yield from file.iter_batches(BATCH_ROWS, row_groups=groups, columns=names)
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{item.uri} holds rows that cannot be read: {error}") from error
 
-    return _Cursor(batches(), first)
+def read_batches(
+    item: Input, file: pq.ParquetFile, names: Sequence[str], first_group: int = 0
+) -> Iterator[pa.RecordBatch]:
+    """The rows of a Parquet file from a row group on.
+
+    Raises:
+        InputError: a page is corrupt.
+    """
+    groups = list(range(first_group, file.metadata.num_row_groups))
+    try:
+        yield from file.iter_batches(BATCH_ROWS, row_groups=groups, columns=names)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{item.uri} holds rows that cannot be read: {error}") from error
 
 
 def request_columns(names: Sequence[str]) -> frozenset[str]:
@@ -273,70 +270,3 @@ def plain(value: Any) -> Any:
             return value
         case _:
             return str(value)
-
-
-def carried_table(rows: Sequence[Json | RowError], schema: pa.Schema) -> pa.Table:
-    """The carried members of decoded lines, typed as the plan found them over all inputs."""
-    arrays = []
-    for column in schema:
-        values = [_carried(row, column.name) for row in rows]
-        if pa.types.is_string(column.type):
-            values = [as_text(value) for value in values]
-        elif pa.types.is_floating(column.type):
-            values = [None if value is None else float(value) for value in values]
-        arrays.append(pa.array(values, column.type))
-    return pa.table(arrays, schema=schema)
-
-
-def _carried(row: Json | RowError, name: str) -> Any:
-    if isinstance(row, RowError) or (name in RESERVED and name in request_members(row)):
-        return None
-    return row.get(name)
-
-
-def conform(table: pa.Table, schema: pa.Schema) -> tuple[pa.Table, dict[int, RowError]]:
-    """Bring a Parquet table's carried columns to the job's types; absent ones become null.
-
-    Values that cannot be carried, such as text that is not UTF-8, become null too; the errors
-    of their rows come with the table, by row.
-    """
-    broken: dict[int, RowError] = {}
-    arrays: list[Any] = []
-    for column in schema:
-        if column.name not in table.column_names:
-            arrays.append(pa.nulls(table.num_rows, column.type))
-            continue
-        found = table[column.name]
-        try:
-            arrays.append(_as_type(found, column.type))
-        except ValueError:  # of Arrow, or of text that cannot be decoded
-            cells: list[Any] = []
-            for at in range(table.num_rows):
-                cell = found.slice(at, 1).combine_chunks()
-                if pa.types.is_dictionary(cell.type):  # it may hold other rows' broken values
-                    cell = cell.dictionary_decode()
-                try:
-                    cells.append(_as_type(cell, column.type))
-                except ValueError as error:
-                    cells.append(pa.nulls(1, column.type))
-                    broken[at] = _broken(cell, column.name, error)
-            arrays.append(pa.chunked_array(cells, column.type))
-    return pa.table(arrays, schema=schema), broken
-
-
-def _broken(cell: Any, name: str, error: ValueError) -> RowError:
-    try:
-        cell.validate(full=True)
-    except pa.ArrowInvalid:
-        return RowError("invalid_utf8", f"column {name!r} holds text that is not UTF-8")
-    return RowError("invalid_value", f"the value of column {name!r} does not fit: {error}")
-
-
-def _as_type(found: Any, kind: pa.DataType) -> Any:
-    found.validate(full=True)  # Arrow does not check that Parquet strings are UTF-8
-    if found.type == kind:
-        return found
-    if pa.types.is_string(kind):
-        return pa.array([as_text(value) for value in found.to_pylist()], kind)
-    # Integers among reals may lose their last digits, as in any column of reals.
-    return found.cast(kind, safe=not pa.types.is_floating(kind))

@@ -91,10 +91,10 @@ class Pacer:
 
 
 def max_tokens_of(body: Json) -> int | None:
-    """The limit that a request sets to its answer, over all its choices."""
+    """The limit that a request sets to its answer, over all its choices; None for a bad one."""
     limit = body.get("max_completion_tokens") or body.get("max_tokens")
     choices = body.get("n") or 1
-    if isinstance(limit, int) and isinstance(choices, int):
+    if isinstance(limit, int) and isinstance(choices, int) and limit > 0 and choices > 0:
         return limit * choices
     return None
 

@@ -220,7 +220,7 @@ def read_receipt(output: str, plan: Plan, shard: int) -> Receipt:
     with storage_for(uri).open(uri) as stream:
         try:
             receipt = receipt_of(pq.read_schema(stream))
-        except (pa.ArrowException, KeyError, ValueError) as error:
+        except (pa.ArrowException, KeyError, OSError, ValueError) as error:
             raise IncompleteOutputError(
                 f"{uri} is not a part that phi4ray wrote: delete it and run the job again"
             ) from error

@@ -9,9 +9,9 @@ write the same bytes.
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 
 from phi4ray.config import BatchConfig, Config
 from phi4ray.errors import ConfigError, PlanMismatchError
@@ -21,6 +21,7 @@ MANIFEST_NAME = "_manifest.json"
 SUCCESS_NAME = "_SUCCESS"
 REPORT_NAME = "_report.html"
 
+_ANSWERS = re.compile(r"(_parts/)?part-\d{6,}-[0-9a-f]{12}\.(parquet|output\.jsonl|errors\.jsonl)")
 
 ENGINE_IDENTITY = (
     "kind", "model", "revision", "tokenizer", "quantization", "dtype", "kv_cache_dtype",
@@ -69,7 +70,7 @@ class Plan(Config):
     """Everything that decides the answers, and how the rows are cut into shards.
 
     `identity` holds what must not change on one output prefix. `carried` is the Arrow schema of
-    the columns carried through, as `phi4ray.batch.files.encode_schema` writes it. `folder` is
+    the columns carried through, as `phi4ray.batch.carried.encode_schema` writes it. `folder` is
     where parts lie under the output prefix: "" or a name that ends in "/".
     """
 
@@ -95,9 +96,10 @@ class Plan(Config):
 
     def shard_of(self, name: str) -> int | None:
         """The shard whose part has this name under the output; None for any other object."""
-        found = re.fullmatch(rf"{self.folder}part-(\d+)-{self.plan_id}\.parquet", name)
+        found = re.fullmatch(rf"{self.folder}part-(\d{{6,}})-{self.plan_id}\.parquet", name)
         index = int(found[1]) if found else -1
-        return index if 0 <= index < len(self.shards) else None
+        known = 0 <= index < len(self.shards) and name == self.part_name(index)
+        return index if known else None
 
 
 def identity_of(config: BatchConfig, chat_template: str | None) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def identity_of(config: BatchConfig, chat_template: str | None) -> dict[str, Any
     memory settings. `chat_template` is the text of the template, where the job sets one.
     """
     engine = config.engine
-    return {
+    identity = {
         **{f"engine.{name}": getattr(engine, name) for name in ENGINE_IDENTITY},
         "engine.model_name": engine.model_name,
         "engine.chat_template": chat_template,
@@ -118,6 +120,8 @@ def identity_of(config: BatchConfig, chat_template: str | None) -> dict[str, Any
         "limit": config.limit,
         "output_format": config.output_format,
     }
+    # As it will be read from the plan: YAML has dates, and keys that are numbers.
+    return cast(dict[str, Any], from_json(to_json(identity, fallback=str, inf_nan_mode="null")))
 
 
 def pack(slices: Iterable[Slice], shard_rows: int, shard_bytes: int) -> Iterator[Shard]:
@@ -147,7 +151,8 @@ def take(slices: Iterable[Slice], limit: int | None) -> Iterator[Slice]:
         if left == 0:
             return
         rows = min(left, piece.rows)
-        yield piece if rows == piece.rows else piece.model_copy(update={"rows": rows})
+        size = piece.size * rows // piece.rows
+        yield piece.model_copy(update={"rows": rows, "size": size})
         left -= rows
 
 
@@ -174,6 +179,11 @@ def make_plan(
         shards=tuple(shards),
         **facts,
     )
+
+
+def is_answer(name: str) -> bool:
+    """Whether an object with this name under an output prefix holds answers of some plan."""
+    return _ANSWERS.fullmatch(name) is not None
 
 
 def check_same_job(plan: Plan, identity: Mapping[str, Any], inputs: Sequence[Input]) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from phi4ray.batch.carried import carried_schema, encode_schema
 from phi4ray.batch.executor import Executor
-from phi4ray.batch.files import encode_schema
 from phi4ray.batch.plan import (
     PLAN_NAME,
     Input,
@@ -17,6 +17,7 @@ from phi4ray.batch.plan import (
     Slice,
     check_same_job,
     identity_of,
+    is_answer,
     make_plan,
     pack,
     read_plan,
@@ -26,14 +27,13 @@ from phi4ray.batch.scan import (
     Cut,
     Scan,
     Unit,
-    carried_schema,
     duplicates,
     number_rows,
     scan_unit,
     units_of,
 )
 from phi4ray.config import BatchConfig
-from phi4ray.errors import ConfigError, ObjectNotFoundError, PreconditionError
+from phi4ray.errors import ConfigError, InputError, ObjectNotFoundError, PreconditionError
 from phi4ray.storage import expand, join, storage_for
 
 
@@ -62,15 +62,23 @@ def obtain_plan(config: BatchConfig, executor: Executor, *, dry_run: bool = Fals
 
 
 def list_inputs(config: BatchConfig) -> list[Input]:
-    """The input objects, in order.
+    """The input objects, in order. What an earlier run of the job wrote is none of them.
 
     Raises:
         ConfigError: answers would be written among the inputs.
-        InputError: a pattern matches nothing.
+        InputError: a pattern matches nothing, or a name cannot be written down.
     """
     output = join(config.output, "")
-    inputs = [Input(uri=o.uri, size=o.size, etag=o.etag) for o in expand(config.input)]
+    inputs = [
+        Input(uri=item.uri, size=item.size, etag=item.etag)
+        for item in expand(config.input)
+        if not (item.uri.startswith(output) and is_answer(item.uri.removeprefix(output)))
+    ]
     for item in inputs:
+        try:
+            item.uri.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"input {item.uri!a}: its name is not UTF-8: rename it") from error
         if item.uri.startswith(output):
             raise ConfigError(
                 f"input {item.uri} lies under the output prefix: use another --output"
@@ -90,7 +98,7 @@ def chat_template_text(config: BatchConfig) -> str | None:
     if template is not None and "{" not in template:
         try:
             return Path(template).read_text(encoding="utf-8")
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"chat_template {template!r} cannot be read: {error}") from error
     return template
 
@@ -113,11 +121,16 @@ def scan_inputs(
         identity,
         inputs,
         list(pack(slices, cut.rows, cut.bytes)),
-        carried=encode_schema(carried_schema(scans)),
+        carried=encode_schema(
+            carried_schema(
+                [scan.kinds for scan in scans],
+                [scan.schema for scan in scans if scan.schema is not None],
+            )
+        ),
         folder=folder,
         duplicate_ids=repeated,
         duplicate_example=" and ".join(_place(inputs, slices, row) for row in pair or ()) or None,
-        prompt_bytes=sum(scan.prompt_bytes for scan in scans),
+        prompt_bytes=sum(piece.size for piece in slices),
     )
 
 

@@ -172,7 +172,7 @@ def _shown(name: str, value: Any) -> str:
     if SECRET.search(name) and isinstance(value, str):
         return "set"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}={_shown(key, inner)}" for key, inner in value.items()) or "–"
+        return ", ".join(f"{key}={_shown(str(key), inner)}" for key, inner in value.items()) or "–"
     text = str(value)
     return text if len(text) <= 500 else f"{text[:500]}… ({len(text):,} characters)"
 

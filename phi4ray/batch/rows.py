@@ -109,8 +109,8 @@ def to_request(record: Json, defaults: Defaults) -> Request | RowError:
         return bad.error
     if body.get("stream"):
         return RowError("unsupported_parameter", "'stream' has no meaning in a batch: remove it")
-    body.pop("stream_options", None)
     body = {**defaults.sampling, **body, "model": defaults.model}
+    body.pop("stream_options", None)
     try:
         json.dumps(body, allow_nan=False)
     except (TypeError, ValueError) as error:  # NaN, or what Parquet holds and JSON cannot

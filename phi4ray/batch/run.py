@@ -6,7 +6,7 @@ Nothing here knows Ray or vLLM. Every step may be cut off at any point and run a
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from rich.console import Console
 
@@ -20,7 +20,7 @@ from phi4ray.batch.report import render_report
 from phi4ray.batch.summary import RunFacts, Summary, facts_of, summarize
 from phi4ray.batch.tally import Snapshot, Tally
 from phi4ray.config import BatchConfig
-from phi4ray.errors import ConfigError, PlanMismatchError
+from phi4ray.errors import ConfigError, ObjectNotFoundError, PlanMismatchError
 from phi4ray.storage import join, storage_for
 
 
@@ -51,8 +51,10 @@ def run_batch(config: BatchConfig, executor: Executor, console: Console) -> Summ
     return finish(config, plan, facts, executor)
 
 
-def pending_shards(config: BatchConfig, plan: Plan) -> list[int]:
+def pending_shards(config: BatchConfig, plan: Plan) -> dict[int, Receipt | None]:
     """The shards to run: those without a part, or with `retry_errors` those with failed rows.
+
+    The latter come with the receipt of the part that will be rewritten.
 
     Raises:
         ConfigError: failed rows of a job that is not finished cannot be rerun.
@@ -60,17 +62,21 @@ def pending_shards(config: BatchConfig, plan: Plan) -> list[int]:
     parts = list_parts(config.output, plan)
     missing = [shard.index for shard in plan.shards if shard.index not in parts]
     if not config.retry_errors:
-        return missing
+        return dict.fromkeys(missing)
     if missing:
         raise ConfigError(
             f"{len(missing)} parts are not written yet: run the job without --retry-errors first"
         )
     receipts = read_receipts(config.output, plan, sorted(parts))
-    return [receipt.shard for receipt in receipts if receipt.error_rows]
+    return {receipt.shard: receipt for receipt in receipts if receipt.error_rows}
 
 
 def answer(
-    config: BatchConfig, plan: Plan, pending: Sequence[int], executor: Executor, console: Console
+    config: BatchConfig,
+    plan: Plan,
+    pending: Mapping[int, Receipt | None],
+    executor: Executor,
+    console: Console,
 ) -> RunFacts:
     """Have the pending shards answered and written, showing progress.
 
@@ -82,7 +88,9 @@ def answer(
         return RunFacts(started_at)
     # What is not whole any more must not look so: rerun parts are about to change.
     storage_for(config.output).delete(join(config.output, SUCCESS_NAME))
-    tally = Tally(plan.rows, plan.rows - sum(plan.shards[index].rows for index in pending))
+    rewritten = {shard: receipt for shard, receipt in pending.items() if receipt is not None}
+    rows = sum(r.error_rows if r else plan.shards[shard].rows for shard, r in pending.items())
+    tally = Tally(plan.rows, plan.rows - rows, rewritten)
     with Progress(console, config.progress_interval_s) as progress:
 
         def look(*, final: bool = False) -> Snapshot:
@@ -92,7 +100,7 @@ def answer(
             return snapshot
 
         last = look()
-        for receipt in executor.run_shards(config, plan, pending):
+        for receipt in executor.run_shards(config, plan, list(pending)):
             elapsed_s = time.monotonic() - began
             if receipt is not None:
                 tally.add(receipt, elapsed_s)
@@ -117,7 +125,17 @@ def finish(config: BatchConfig, plan: Plan, facts: RunFacts, executor: Executor)
     uri = join(config.output, PLAN_NAME)
     if read_plan(storage_for(uri).read(uri), uri).plan_id != plan.plan_id:
         raise PlanMismatchError(f"{uri} was replaced by another job: run that one elsewhere")
-    report = render_report(config, plan, receipts, facts)
-    storage_for(uri).write(join(config.output, REPORT_NAME), report.encode())
+    report_uri = join(config.output, REPORT_NAME)
+    if facts.rows or not _exists(report_uri):  # a run that had nothing to do has nothing to tell
+        report = render_report(config, plan, receipts, facts)
+        storage_for(report_uri).write(report_uri, report.encode())
     write_manifest(config, plan, receipts, executor)
     return summarize(config, plan, receipts, facts)
+
+
+def _exists(uri: str) -> bool:
+    try:
+        storage_for(uri).head(uri)
+    except ObjectNotFoundError:
+        return False
+    return True

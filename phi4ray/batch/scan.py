@@ -5,7 +5,7 @@ in any order. A line belongs to the unit in which it starts.
 """
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -13,9 +13,19 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from phi4ray.batch.files import compression, is_parquet, open_lines, open_parquet, row_of
+from phi4ray.batch.carried import json_kind
+from phi4ray.batch.files import (
+    compression,
+    is_parquet,
+    open_lines,
+    open_parquet,
+    read_batches,
+    records_of,
+    request_columns,
+    row_of,
+)
 from phi4ray.batch.plan import Input, Slice
-from phi4ray.batch.rows import RESERVED, decode_line, record_id
+from phi4ray.batch.rows import decode_line, record_id, request_members
 from phi4ray.errors import InputError
 from phi4ray.protocol import Json, RowError
 from phi4ray.storage import storage_for
@@ -54,7 +64,6 @@ class Scan:
     ids: Ids = field(default_factory=lambda: np.zeros(0, np.uint64))
     kinds: dict[str, set[str]] = field(default_factory=dict)
     schema: pa.Schema | None = None
-    prompt_bytes: int = 0
 
 
 def units_of(inputs: Sequence[Input], unit_bytes: int = UNIT_BYTES) -> Iterator[Unit]:
@@ -113,9 +122,8 @@ def _scan_lines(rows: Iterable[Row], unit: Unit, cut: Cut, limit: int | None) ->
         record = decode_line(line)
         ids.append(_digest(record))
         if not isinstance(record, RowError):
-            for name in record.keys() - RESERVED:
-                kinds[name].add(_kind(record[name]))
-        scan.prompt_bytes += length
+            for name in record.keys() - request_members(record):
+                kinds[name].add(json_kind(record[name]))
         if len(ids) == limit:
             break
     if count:
@@ -137,23 +145,24 @@ def _scan_parquet(item: Input, unit: Unit, cut: Cut) -> Scan:
             f"{item.uri} has no column 'prompt', 'messages' or 'body'; "
             f"it has {', '.join(schema.names) or 'none'}"
         )
+    if repeated := [name for name, count in Counter(schema.names).items() if count > 1]:
+        raise InputError(f"{item.uri} has more than one column {repeated[0]!r}: rename them")
+    own = request_columns(schema.names)
     total, groups = file.metadata.num_rows, file.metadata.num_row_groups
     size = sum(file.metadata.row_group(group).total_byte_size for group in range(groups))
     a_row = max(1, size // max(1, total))
     step = max(1, min(cut.rows, cut.bytes // a_row))
-    name = next((n for n in ("custom_id", "id") if n in schema.names), None)
     digests: list[int] = []
-    if name is not None:
-        for batch in file.iter_batches(columns=[name]):
-            digests += [_digest({"id": value}) for value in batch.column(0).to_pylist()]
+    if names := [name for name in ("custom_id", "id") if name in schema.names]:
+        for batch in read_batches(item, file, names):
+            digests += map(_digest, records_of(pa.Table.from_batches([batch]).select(names)))
     return Scan(
         slices=[
             _slice(unit, min(step, total - row), 0, 0, a_row * min(step, total - row))
             for row in range(0, total, step)
         ],
         ids=np.array(digests, np.uint64) if digests else np.zeros(total, np.uint64),
-        schema=pa.schema([column for column in schema if column.name not in RESERVED]),
-        prompt_bytes=size,
+        schema=pa.schema([column for column in schema if column.name not in own]),
     )
 
 
@@ -163,22 +172,6 @@ def _digest(record: Json | RowError) -> int:
         return 0
     digest = hashlib.blake2b(identifier.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") or 1
-
-
-def _kind(value: object) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "bool"
-        case int():
-            return "int" if -(2**63) <= value < 2**63 else "json"
-        case float():
-            return "float"
-        case str():
-            return "str"
-        case _:
-            return "json"
 
 
 def number_rows(scans: Iterable[Scan]) -> Iterator[Slice]:
@@ -199,46 +192,3 @@ def duplicates(ids: Ids) -> tuple[int, tuple[int, int] | None]:
         return 0, None
     at = int(repeats[0])
     return len(repeats), (int(order[at]), int(order[at + 1]))
-
-
-def carried_schema(scans: Sequence[Scan]) -> pa.Schema:
-    """The columns carried to the output, with types that every input's values fit in.
-
-    JSON members: bool, int64, double (also for a mix of integers and reals) or string; anything
-    mixed or nested becomes a string of JSON. Parquet columns keep their Arrow type; where files
-    disagree, Arrow's permissive promotion decides, and failing that, string.
-    """
-    kinds: defaultdict[str, set[str]] = defaultdict(set)
-    types: defaultdict[str, list[pa.DataType]] = defaultdict(list)
-    for scan in scans:
-        for name, seen in scan.kinds.items():
-            kinds[name] |= seen
-        for column in scan.schema or ():
-            if column.type not in types[column.name]:
-                types[column.name].append(column.type)
-    for name, seen in kinds.items():
-        types[name].append(_arrow_type(seen - {"null"}))
-    return pa.schema([(name, _common_type(name, types[name])) for name in sorted(types)])
-
-
-def _arrow_type(kinds: set[str]) -> pa.DataType:
-    if kinds == {"bool"}:
-        return pa.bool_()
-    if kinds == {"int"}:
-        return pa.int64()
-    if kinds and kinds <= {"int", "float"}:
-        return pa.float64()
-    return pa.string()
-
-
-def _common_type(name: str, types: Sequence[pa.DataType]) -> pa.DataType:
-    try:
-        return (
-            pa.unify_schemas(
-                [pa.schema([(name, kind)]) for kind in types], promote_options="permissive"
-            )
-            .field(name)
-            .type
-        )
-    except pa.ArrowException:
-        return pa.string()

@@ -44,11 +44,18 @@ class Snapshot:
 
 
 class Tally:
-    """The running totals of one run. Pure: times are given."""
+    """The running totals of one run. Pure: times are given.
 
-    def __init__(self, rows_total: int, rows_resumed: int) -> None:
+    `rewritten` has the earlier receipts of parts whose failed rows this run reruns: only what it
+    adds to them is counted as its own.
+    """
+
+    def __init__(
+        self, rows_total: int, rows_resumed: int, rewritten: Mapping[int, Receipt] | None = None
+    ) -> None:
         self._rows_total = rows_total
         self._rows_resumed = rows_resumed
+        self._rewritten = rewritten or {}
         self._written: set[int] = set()
         self._done = Done()
         self._open: Mapping[str, Mapping[int, Done]] = {}
@@ -64,8 +71,12 @@ class Tally:
         if receipt.shard in self._written:
             return
         self._written.add(receipt.shard)
+        before = self._rewritten.get(receipt.shard)
         self._done += Done(
-            receipt.rows, receipt.errors, receipt.prompt_tokens, receipt.completion_tokens
+            before.error_rows if before else receipt.rows,
+            receipt.errors,
+            receipt.prompt_tokens - (before.prompt_tokens if before else 0),
+            receipt.completion_tokens - (before.completion_tokens if before else 0),
         )
         self.engine_at = min(self.engine_at or receipt.started_at, receipt.started_at)
         if self.first_part_s is None:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 import pyarrow as pa
 import tenacity
 
-from phi4ray.batch.files import Reader, decode_schema
+from phi4ray.batch.carried import decode_schema
+from phi4ray.batch.files import Reader
 from phi4ray.batch.pacing import Lengths, Pacer, max_tokens_of, order, prompt_of
 from phi4ray.batch.parts import (
     Receipt,
@@ -24,6 +25,7 @@ from phi4ray.batch.parts import (
     part_table,
     read_part,
     read_receipt,
+    receipt_of,
     results_of,
     write_part,
 )
@@ -34,6 +36,10 @@ from phi4ray.errors import ObjectNotFoundError, TransientStorageError
 from phi4ray.protocol import Answer, Replica, RowError, refusal
 
 RETRY_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+
+BACKOFF_S = 0.2
+MAX_BACKOFF_S = 10.0
+"""A row waits so long after its first failed try, then twice as long each time, up to the most."""
 
 storage_retry = tenacity.retry(
     retry=tenacity.retry_if_exception_type(TransientStorageError),
@@ -139,6 +145,8 @@ class ShardWorker:
         started_at = time.time()
         old = results_of(table)
         failed = [at for at, row in enumerate(old) if row.error_code is not None]
+        if not failed:  # a task that is run again, after its part was written
+            return receipt_of(table.schema)
         rows, carried = await asyncio.to_thread(storage_retry(self._read), shard)
         new = await self._answer(shard, [rows[at] for at in failed])
         for at, result in zip(failed, new, strict=True):
@@ -208,7 +216,8 @@ class ShardWorker:
             latency_s = time.perf_counter() - started
             if answer.status not in RETRY_STATUS or attempt >= self._config.max_attempts:
                 break
-            await asyncio.sleep(min(10.0, 0.2 * 2**attempt) * random.uniform(0.5, 1.0))
+            pause_s = min(MAX_BACKOFF_S, BACKOFF_S * 2 ** min(attempt, 16))
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
         return replace(row.answered(answer), attempts=attempt, latency_s=latency_s)
 
     async def _complete(self, request: Request) -> Answer:

@@ -294,3 +294,11 @@ def test_the_reason_names_the_codes_of_written_and_open_rows_most_frequent_first
     assert "missing_prompt (1,300), invalid_json (400), timeout (1)" in message
     assert "max_error_fraction=0.05" in message
     assert "same command with a higher fraction" in message
+
+
+def test_a_rewritten_part_counts_only_what_the_rerun_adds() -> None:
+    tally = Tally(10, 6, {0: receipt(0, 10, timeout=4)})
+    tally.add(receipt(0, 10, timeout=1), 1.0)
+    snapshot = tally.snapshot({}, 1.0)
+    assert (snapshot.rows_done, snapshot.error_rows) == (10, 1)
+    assert (snapshot.prompt_tokens, snapshot.completion_tokens) == (30, 9)

@@ -1,0 +1,169 @@
+"""Columns carried through from inputs to parts: their types over all inputs, and their values.
+
+JSON members are bool, int64, double (also for a mix of integers and reals) or string; anything
+mixed or nested becomes a string of JSON. Parquet columns keep their Arrow type. Where files
+disagree, Arrow's permissive promotion decides, and where that fails, or one of them has text, the
+column is text.
+"""
+
+import base64
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from phi4ray.batch.rows import RESERVED, as_text, request_members
+from phi4ray.protocol import Json, RowError
+
+
+def encode_schema(schema: pa.Schema) -> str:
+    """An Arrow schema as text, for the plan file."""
+    return base64.b64encode(schema.remove_metadata().serialize()).decode()
+
+
+def decode_schema(text: str) -> pa.Schema:
+    """The schema that `encode_schema` wrote."""
+    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))
+
+
+def json_kind(value: object) -> str:
+    """What `carried_schema` must know of a JSON value."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "bool"
+        case int():
+            return "int" if -(2**63) <= value < 2**63 else "json"
+        case float():
+            return "float"
+        case str():
+            return "str"
+        case _:
+            return "json"
+
+
+def carried_schema(
+    kinds: Iterable[Mapping[str, set[str]]], schemas: Iterable[pa.Schema]
+) -> pa.Schema:
+    """The carried columns, from the kinds of JSON members and the schemas of Parquet files."""
+    seen: defaultdict[str, set[str]] = defaultdict(set)
+    types: defaultdict[str, list[pa.DataType]] = defaultdict(list)
+    for members in kinds:
+        for name, found in members.items():
+            seen[name] |= found
+    for schema in schemas:
+        for column in schema:
+            if column.type not in types[column.name]:
+                types[column.name].append(column.type)
+    for name, found in seen.items():
+        types[name].append(_json_type(found - {"null"}))
+    return pa.schema([(name, _common_type(types[name])) for name in sorted(types)])
+
+
+def _json_type(kinds: set[str]) -> pa.DataType:
+    if not kinds:
+        return pa.null()
+    if kinds == {"bool"}:
+        return pa.bool_()
+    if kinds == {"int"}:
+        return pa.int64()
+    return pa.float64() if kinds <= {"int", "float"} else pa.string()
+
+
+def _common_type(types: Sequence[pa.DataType]) -> pa.DataType:
+    kinds = [kind for kind in types if not pa.types.is_null(kind)]
+    if not kinds or pa.string() in kinds:
+        return pa.string()
+    try:
+        common = pa.unify_schemas(
+            [pa.schema([("", kind)]) for kind in kinds], promote_options="permissive"
+        ).types[0]
+        for kind in kinds:  # what can be promoted can yet not always be converted
+            pa.nulls(1, kind).cast(common)
+    except pa.ArrowException:
+        return pa.string()
+    # Arrow takes int64 for this, which holds half of the values.
+    unsigned = pa.uint64() in kinds and pa.types.is_signed_integer(common)
+    return pa.string() if unsigned else common
+
+
+def carried_table(rows: Sequence[Json | RowError], schema: pa.Schema) -> pa.Table:
+    """The carried members of decoded lines."""
+    arrays = []
+    for column in schema:
+        values = [_member(row, column.name) for row in rows]
+        if pa.types.is_string(column.type):
+            values = [as_text(value) for value in values]
+        elif pa.types.is_floating(column.type):
+            values = [None if value is None else float(value) for value in values]
+        arrays.append(pa.array(values, column.type))
+    return pa.table(arrays, schema=schema)
+
+
+def _member(row: Json | RowError, name: str) -> Any:
+    if isinstance(row, RowError) or (name in RESERVED and name in request_members(row)):
+        return None
+    return row.get(name)
+
+
+def conform(table: pa.Table, schema: pa.Schema) -> tuple[pa.Table, dict[int, RowError]]:
+    """Bring a Parquet table's carried columns to the job's types; absent ones become null.
+
+    Values that cannot be carried, such as text that is not UTF-8, become null too; the errors
+    of their rows come with the table, by row.
+    """
+    broken: dict[int, RowError] = {}
+    arrays: list[Any] = []
+    for column in schema:
+        if column.name not in table.column_names:
+            arrays.append(pa.nulls(table.num_rows, column.type))
+            continue
+        found = table[column.name]
+        try:
+            arrays.append(_as_type(found, column.type))
+        except ValueError:  # of Arrow, or of text that cannot be decoded
+            cells: list[Any] = []
+            for at in range(table.num_rows):
+                cell = found.slice(at, 1).combine_chunks()
+                if pa.types.is_dictionary(cell.type):  # it may hold other rows' broken values
+                    cell = cell.dictionary_decode()
+                try:
+                    cells.append(_as_type(cell, column.type))
+                except ValueError as error:
+                    cells.append(pa.nulls(1, column.type))
+                    broken[at] = _broken(cell, column.name, error)
+            arrays.append(pa.chunked_array(cells, column.type))
+    return pa.table(arrays, schema=schema), broken
+
+
+def _broken(cell: Any, name: str, error: ValueError) -> RowError:
+    try:
+        cell.validate(full=True)
+    except pa.ArrowInvalid:
+        return RowError("invalid_utf8", f"column {name!r} holds text that is not UTF-8")
+    return RowError("invalid_value", f"the value of column {name!r} does not fit: {error}")
+
+
+def _as_type(found: Any, kind: pa.DataType) -> Any:
+    found.validate(full=True)  # Arrow does not check that Parquet strings are UTF-8
+    if found.type == kind:
+        return found
+    if pa.types.is_string(kind) and _needs_json(found.type):
+        values = found.to_pylist(maps_as_pydicts="lossy")
+        return pa.array([as_text(value) for value in values], kind)
+    # Integers among reals may lose their last digits, as in any column of reals.
+    return found.cast(kind, safe=not pa.types.is_floating(kind))
+
+
+def _needs_json(kind: pa.DataType) -> bool:
+    """Whether Arrow has no text for values of this type."""
+    types = pa.types
+    binary = (
+        types.is_binary(kind)
+        or types.is_large_binary(kind)
+        or types.is_fixed_size_binary(kind)
+        or types.is_binary_view(kind)
+    )
+    return binary or types.is_nested(kind) or isinstance(kind, pa.BaseExtensionType)

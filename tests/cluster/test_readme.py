@@ -1,0 +1,103 @@
+"""The README's examples, executed, and its tables held against the code."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.batch_infer import ENGINE_FLAGS, JOB_FLAGS, configuration, main, parser
+from phi4ray.batch.parts import COLUMNS
+from phi4ray.batch.rows import Defaults, Request, to_request
+from phi4ray.config import batch_config, load_yaml
+from phi4ray.recipes import RECIPES
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str = "") -> list[str]:
+    """Code blocks of one language, without their indentation."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```$", README, re.DOTALL | re.MULTILINE)
+    return [re.sub(rf"^{indent}", "", body, flags=re.MULTILINE) for indent, body in found]
+
+
+def commands() -> list[list[str]]:
+    """The arguments of every batch_infer.py that the README calls."""
+    joined = "\n".join(blocks()).replace("\\\n", " ")
+    lines = [line for line in joined.splitlines() if "jobs/batch_infer.py" in line]
+    return [shlex.split(line.split("jobs/batch_infer.py", 1)[1]) for line in lines]
+
+
+def test_its_commands_are_what_the_program_takes() -> None:
+    assert len(commands()) == 2
+    for arguments in commands():
+        configuration(parser().parse_args(arguments))
+
+
+def test_its_flags_exist() -> None:
+    known = set(parser().format_help().split()) | {"--gpu-hour-price", "--config"}
+    for flag in set(re.findall(r"`(--[a-z-]+)", README)):
+        assert flag in known, flag
+
+
+def test_its_rows_make_requests() -> None:
+    rows = [json.loads(block) for block in blocks("json")]
+    assert len(rows) == 2
+    for row in rows:
+        assert isinstance(to_request(row, Defaults("phi-4")), Request)
+
+
+def test_its_recipes_are_all_there_are() -> None:
+    table = README[README.index("| recipe | for |") :].split("\n\n")[0]
+    assert re.findall(r"^\| `([^`]+)`", table, re.MULTILINE) == list(RECIPES)
+
+
+def test_its_columns_are_those_of_the_parts() -> None:
+    told = README[README.index("Columns: ") : README.index("carried ones. Any Parquet")]
+    names = [name for quoted in re.findall(r"`([a-z_, \n]+)`", told) for name in quoted.split(",")]
+    assert [name.strip() for name in names] == COLUMNS.names
+
+
+def test_the_example_configuration_is_valid() -> None:
+    path = ROOT / "examples" / "job.yaml"
+    config = batch_config(load_yaml(path.read_text(), str(path)))
+    assert config.engine.quantization == "fp8"
+
+
+@pytest.mark.cluster
+def test_the_local_example_runs_and_its_answers_are_read_as_it_says(tmp_path: Path) -> None:
+    (local,) = [arguments for arguments in commands() if "fake" in arguments]
+    for name in ("examples", "jobs", "cluster", "phi4ray"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    command = [sys.executable, "jobs/batch_infer.py", *local]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode in (0, 3), done.stdout + done.stderr
+    (script,) = blocks("python")
+    read = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "capital-en" in read.stdout
+    assert "fake:" in read.stdout
+
+
+def test_help_tells_of_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parser().parse_args(["--help"])
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    assert "exit codes: 0 all rows answered, 3 finished with error rows" in told
+    for name in (*JOB_FLAGS, *ENGINE_FLAGS):
+        assert f"--{name.replace('_', '-')} " in told
+
+
+def test_bad_arguments_end_with_2_and_name_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--recipe", "fake", "--output", "out", "--set", "temperature"]) == 2
+    assert "--set temperature: write KEY=VALUE" in capsys.readouterr().err
+    assert main(["--recipe", "fake", "--limit", "0", "--engine-arg", "max_num_seqs=x"]) == 2
+    told = capsys.readouterr().err
+    for field in ("input", "output", "limit", "engine.max_num_seqs"):
+        assert f"  {field}: " in told

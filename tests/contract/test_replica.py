@@ -1,0 +1,225 @@
+"""What every replica must do, run against the fake and against a real vLLM engine on the CPU."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import pytest
+
+from phi4ray.batch.parts import error_of
+from phi4ray.config import Endpoint, EngineConfig
+from phi4ray.engines import make_replica
+from phi4ray.errors import EngineDeadError, EngineStartError
+from phi4ray.orphans import MARK
+from phi4ray.protocol import Json, Replica
+from phi4ray.train.tiny import make_tiny_model
+
+T = TypeVar("T")
+CHAT: Endpoint = "/v1/chat/completions"
+COMPLETIONS: Endpoint = "/v1/completions"
+HI = [{"role": "user", "content": "hi"}]
+
+
+class Running:
+    """A started replica and the event loop that it lives on."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.replica: Replica = make_replica(config)
+        self.model = config.model_name
+        self.kind = config.kind
+        self.run(self.replica.start())
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.loop.run_until_complete(asyncio.wait_for(work, 120))
+
+    def ask(self, endpoint: Endpoint, **body: Any) -> tuple[int, Json]:
+        answer = self.run(self.replica.complete(endpoint, {"model": self.model, **body}))
+        return answer.status, answer.body
+
+
+def tiny(folder: Path) -> EngineConfig:
+    return EngineConfig(
+        model=str(make_tiny_model(folder)),
+        served_model_name="phi-4",
+        max_model_len=1024,
+        max_num_seqs=64,
+        max_num_batched_tokens=1024,
+        kv_cache_memory_bytes=1 << 26,
+        enforce_eager=True,
+    )
+
+
+@pytest.fixture(scope="module", params=["fake", pytest.param("vllm", marks=pytest.mark.engine)])
+def running(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    if request.param == "fake":
+        config = EngineConfig(kind="fake", model="phi-4", max_model_len=1024, max_num_seqs=64)
+    else:
+        config = tiny(tmp_path_factory.mktemp("model") / "tiny")
+    found = Running(config)
+    yield found
+    found.run(found.replica.stop())
+
+
+def test_a_chat_is_answered_as_openai_does(running: Running) -> None:
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    status, body = running.ask(CHAT, messages=messages, max_tokens=5)
+    assert status == 200
+    assert body["object"] == "chat.completion"
+    assert isinstance(body["choices"][0]["message"]["content"], str)
+    assert body["choices"][0]["finish_reason"] in ("stop", "length")
+    usage = body["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] > 1
+
+
+def test_a_completion_is_answered_as_openai_does(running: Running) -> None:
+    status, body = running.ask(COMPLETIONS, prompt="Once upon a time", max_tokens=5)
+    assert status == 200
+    assert body["object"] == "text_completion"
+    assert isinstance(body["choices"][0]["text"], str)
+
+
+def test_the_same_request_has_the_same_answer(running: Running) -> None:
+    body: Json = {"prompt": "Once upon a time", "max_tokens": 8, "temperature": 0.0}
+    first, second = (running.ask(COMPLETIONS, **body)[1]["choices"] for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body", "code"),
+    [
+        (COMPLETIONS, {"prompt": "word " * 5000, "max_tokens": 5}, "context_length_exceeded"),
+        (CHAT, {"messages": [{"role": "user", "content": "word " * 5000}], "max_tokens": 5},
+         "context_length_exceeded"),
+        (COMPLETIONS, {"prompt": "hi", "max_tokens": -1}, None),
+        (COMPLETIONS, {"prompt": "hi", "max_tokens": "many"}, None),
+        (CHAT, {"messages": None}, None),
+    ],
+)  # fmt: skip
+def test_a_bad_request_is_an_answer_and_no_exception(
+    running: Running, endpoint: Endpoint, body: Json, code: str | None
+) -> None:
+    answer = running.run(running.replica.complete(endpoint, {"model": running.model, **body}))
+    assert 400 <= answer.status < 500
+    assert isinstance(answer.body["error"]["message"], str)
+    if code:
+        assert error_of(answer).code == code
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ({"messages": []}, "invalid_request"),
+        ({"messages": [{"role": "user", "content": 5}]}, "invalid_parameter"),
+        ({"messages": HI, "temprature": 1}, "unknown_parameter"),
+        ({"messages": HI, "temperature": "x"}, "invalid_parameter"),
+        ({"messages": HI, "temperature": -1}, "invalid_parameter"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "invalid_utf8"),
+    ],
+)  # fmt: skip
+def test_what_a_real_engine_refuses_has_a_stable_code(
+    running: Running, body: Json, code: str
+) -> None:
+    if running.kind == "fake":
+        pytest.skip("the fake takes what a model would")
+    answer = running.run(running.replica.complete(CHAT, {"model": running.model, **body}))
+    assert answer.status == 400
+    assert error_of(answer).code == code
+
+
+def test_many_requests_run_at_once(running: Running) -> None:
+    async def both() -> list[int]:
+        asked = [
+            running.replica.complete(
+                COMPLETIONS, {"model": running.model, "prompt": f"number {n}", "max_tokens": 4}
+            )
+            for n in range(100)
+        ]
+        return [answer.status for answer in await asyncio.gather(*asked)]
+
+    assert running.run(both()) == [200] * 100
+
+
+def test_kv_state_is_in_tokens_and_empty_when_idle(running: Running) -> None:
+    kv = running.replica.kv()
+    assert kv.capacity_tokens > kv.max_model_len == 1024
+    assert kv.max_num_seqs == 64
+    deadline = time.monotonic() + 30
+    while running.replica.kv().used_tokens or running.replica.kv().running:
+        running.ask(COMPLETIONS, prompt="hi", max_tokens=1)  # the last step's figures
+        running.run(asyncio.sleep(0.2))
+        assert time.monotonic() < deadline
+
+
+def test_an_abandoned_request_frees_its_tokens(running: Running) -> None:
+    async def abandon() -> None:
+        body = {"model": running.model, "prompt": "go on", "max_tokens": 900, "ignore_eos": True}
+        task = asyncio.create_task(running.replica.complete(COMPLETIONS, body))
+        await asyncio.sleep(0.3)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await asyncio.sleep(0.5)
+
+    running.run(abandon())
+    running.ask(COMPLETIONS, prompt="hi", max_tokens=1)
+    assert running.replica.kv().running <= 1
+
+
+@pytest.mark.engine
+def test_an_engine_whose_process_dies_says_so(tmp_path: Path) -> None:
+    running = Running(tiny(tmp_path / "tiny"))
+    for child in psutil.Process().children(recursive=True):
+        if child.environ().get(MARK) and "EngineCore" in " ".join(child.cmdline()):
+            child.kill()
+
+    async def ask_until_it_is_noticed() -> None:
+        for _ in range(100):
+            body = {"model": running.model, "prompt": "hi", "max_tokens": 1}
+            await running.replica.complete(COMPLETIONS, body)
+            await asyncio.sleep(0.2)
+
+    with pytest.raises(EngineDeadError):
+        running.run(ask_until_it_is_noticed())
+    running.run(running.replica.stop())
+
+
+@pytest.mark.engine
+def test_an_engine_that_cannot_start_names_the_cause(tmp_path: Path) -> None:
+    config = EngineConfig(model=str(tmp_path / "no-such-model"))
+    with pytest.raises(EngineStartError, match="no-such-model"):
+        Running(config)
+
+
+def test_a_fake_fails_to_start_as_planned() -> None:
+    config = EngineConfig(kind="fake", model="m", engine_args={"start_error": "no memory"})
+    with pytest.raises(EngineStartError, match="no memory"):
+        Running(config)
+
+
+ORPHANS = """
+import os, subprocess, sys, time
+from phi4ray.orphans import kill_orphans
+with kill_orphans():
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    print(child.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_process_started_dies_with_it() -> None:
+    owner = subprocess.Popen(
+        [sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE, text=True, env={**os.environ}
+    )
+    assert owner.stdout is not None
+    child = psutil.Process(int(owner.stdout.readline()))
+    owner.kill()
+    owner.wait()
+    child.wait(30)

@@ -1,0 +1,401 @@
+"""A worker: each row asked until it is answered or cannot be, each shard written once and whole."""
+
+import asyncio
+import json
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from phi4ray.batch import parts as parts_module
+from phi4ray.batch import worker as worker_module
+from phi4ray.batch.executor import InProcessExecutor
+from phi4ray.batch.plan import Plan
+from phi4ray.batch.planning import obtain_plan
+from phi4ray.batch.worker import Done, ShardWorker
+from phi4ray.config import BatchConfig, Endpoint
+from phi4ray.errors import (
+    AccessDeniedError,
+    EngineDeadError,
+    InputChangedError,
+    StorageError,
+    TransientStorageError,
+)
+from phi4ray.fake import FakeReplica, fake_text
+from phi4ray.protocol import Answer, Json, refusal
+from phi4ray.storage.local import LocalStorage
+from tests.small_jobs import job, parts, prompts, write_lines
+
+
+class Engine(FakeReplica):
+    """A fake engine that a test can see into, and whose answers it can replace."""
+
+    def __init__(self, answer: Callable[[str, int], Answer | None] | None = None, **knobs: Any):
+        config = job(Path()).engine.model_copy(update={"engine_args": knobs})
+        super().__init__(config)
+        self.asked: list[str] = []
+        self._answer = answer
+
+    async def complete(self, endpoint: Endpoint, body: Json) -> Answer:
+        prompt = body["messages"][-1]["content"]
+        self.asked.append(prompt)
+        if self._answer and (found := self._answer(prompt, self.asked.count(prompt))):
+            return found
+        return await super().complete(endpoint, body)
+
+
+def planned(folder: Path, **changes: Any) -> tuple[BatchConfig, Plan]:
+    config = job(folder, **changes)
+    return config, obtain_plan(config, InProcessExecutor())
+
+
+def run(config: BatchConfig, plan: Plan, engine: FakeReplica, *shards: int) -> ShardWorker:
+    """Run shards in one worker, all at once."""
+
+    async def all_shards() -> ShardWorker:
+        worker = ShardWorker(config, plan, engine)
+        await asyncio.gather(*(worker.run(index) for index in shards or range(len(plan.shards))))
+        return worker
+
+    return asyncio.run(all_shards())
+
+
+def rows_of(config: BatchConfig) -> list[dict[str, Any]]:
+    return [row for path in parts(config).values() for row in pq.read_table(path).to_pylist()]
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Waiting for a store that is away takes no time; what would have been waited is kept."""
+    pauses: list[float] = []
+    monkeypatch.setattr(worker_module, "BACKOFF_S", 0.0)
+    monkeypatch.setattr("tenacity.nap.time", types.SimpleNamespace(sleep=pauses.append))
+    return pauses
+
+
+# Rows
+
+
+def test_rows_keep_the_order_of_their_source_whatever_order_they_are_answered_in(
+    tmp_path: Path,
+) -> None:
+    rows = [
+        {"id": str(n), "prompt": f"p{n * 7 % 50}", "sampling": {"max_tokens": 1 + n * 13 % 40}}
+        for n in range(50)
+    ]
+    write_lines(tmp_path / "in" / "a.jsonl", rows)
+    config, plan = planned(tmp_path)
+    engine = Engine()
+    run(config, plan, engine)
+    found = rows_of(config)
+    assert [row["source_row"] for row in found] == list(range(50))
+    assert [(row["id"], row["text"]) for row in found] == [
+        (row["id"], fake_text(row["prompt"])) for row in rows
+    ]
+    assert engine.asked != [row["prompt"] for row in rows]  # long answers went first
+
+
+def test_a_row_is_known_by_file_and_row_where_it_has_no_id(tmp_path: Path) -> None:
+    path = write_lines(
+        tmp_path / "in" / "a.jsonl", [{"prompt": "x"}, {"id": 7, "prompt": "y"}, b"{"]
+    )
+    config, plan = planned(tmp_path)
+    run(config, plan, Engine())
+    assert [row["id"] for row in rows_of(config)] == [f"{path}#0", "7", f"{path}#2"]
+
+
+def test_rows_without_a_request_are_errors_that_no_engine_sees(tmp_path: Path) -> None:
+    bad = [b"{", b"\xff", b"[]", {"id": "a"}, {"prompt": 1}, {"messages": []}]
+    path = write_lines(tmp_path / "in" / "a.jsonl", [*bad, {"prompt": "good"}])
+    config, plan = planned(tmp_path)
+    engine = Engine()
+    run(config, plan, engine)
+    assert engine.asked == ["good"]
+    *errors, good = rows_of(config)
+    assert [row["error_code"] for row in errors] == [
+        "invalid_json",
+        "invalid_utf8",
+        "invalid_type",
+        "missing_prompt",
+        "invalid_type",
+        "empty_messages",
+    ]
+    for number, row in enumerate(errors):
+        assert row["error_message"].startswith(f"{path}#{number}: ")
+        assert (row["attempts"], row["text"], row["response"]) == (0, None, None)
+    assert (good["text"], good["error_code"], good["attempts"]) == (fake_text("good"), None, 1)
+
+
+def test_a_row_that_the_engine_refuses_is_an_error_after_one_try(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", [{"prompt": "x" * 100_000}, {"prompt": "fits"}])
+    config, plan = planned(tmp_path, engine={"max_model_len": 100})
+    engine = FakeReplica(config.engine)
+    run(config, plan, engine)
+    long, fits = rows_of(config)
+    assert (long["error_code"], long["attempts"]) == ("context_length_exceeded", 1)
+    assert json.loads(long["response"])["error"]["code"] == "context_length_exceeded"
+    assert (fits["error_code"], fits["attempts"]) == (None, 1)
+
+
+@pytest.mark.parametrize("status", sorted(worker_module.RETRY_STATUS))
+def test_a_transient_failure_is_tried_again_until_it_is_answered(
+    tmp_path: Path, status: int
+) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(3))
+    config, plan = planned(tmp_path, max_attempts=4)
+    failing = refusal("engine_error", "not now", status)
+    run(config, plan, Engine(lambda prompt, time: failing if time < 3 else None))
+    assert [(row["attempts"], row["error_code"]) for row in rows_of(config)] == [(3, None)] * 3
+
+
+def test_a_failure_that_stays_is_an_error_after_max_attempts(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(2))
+    config, plan = planned(tmp_path, max_attempts=3)
+    engine = Engine(fail_times=99)
+    run(config, plan, engine)
+    assert [(row["attempts"], row["error_code"]) for row in rows_of(config)] == [
+        (3, "engine_error")
+    ] * 2
+    assert len(engine.asked) == 6
+
+
+def test_pauses_between_tries_double_up_to_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(1))
+    config, plan = planned(tmp_path, max_attempts=7)
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr(worker_module, "BACKOFF_S", 0.5)
+    monkeypatch.setattr(worker_module.random, "uniform", lambda low, high: high)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    run(config, plan, Engine(fail_times=99))
+    assert pauses == [1, 2, 4, 8, 10, 10]
+
+
+def test_a_row_that_takes_too_long_is_tried_again_and_then_an_error(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(2))
+    config, plan = planned(tmp_path, max_attempts=2, request_timeout_s=0.01)
+    engine = Engine(latency_s=30)
+    run(config, plan, engine)
+    assert [(row["error_code"], row["attempts"]) for row in rows_of(config)] == [("timeout", 2)] * 2
+    assert engine.kv().running == 0  # what timed out does not go on
+
+
+# Shards
+
+
+def test_the_next_shards_rows_do_not_wait_for_the_last_ones(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(30))
+    config, plan = planned(tmp_path, shard_rows=10)
+    others_done = asyncio.Event()
+
+    class Slow(Engine):
+        async def complete(self, endpoint: Endpoint, body: Json) -> Answer:
+            if body["messages"][-1]["content"] == "prompt 3":
+                await others_done.wait()  # for ever, were there a barrier between shards
+            answer = await super().complete(endpoint, body)
+            if len(self.asked) == 29:
+                others_done.set()
+            return answer
+
+    run(config, plan, Slow())
+    assert len(rows_of(config)) == 30
+
+
+def test_shards_hand_their_rows_over_one_after_the_other(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(40))
+    config, plan = planned(tmp_path, shard_rows=10, engine={"max_num_seqs": 2})
+    engine = Engine(latency_s=0.0001)
+    engine.config = config.engine
+    run(config, plan, engine)
+    asked = [int(prompt.split()[1]) // 10 for prompt in engine.asked]
+    assert len(asked) == 40
+    turns = [shard for at, shard in enumerate(asked) if at == 0 or asked[at - 1] != shard]
+    assert len(turns) == 4  # no two shards take turns
+
+
+def test_no_more_rows_are_with_the_engine_than_it_has_room_for(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(100))
+    config, plan = planned(tmp_path, shard_rows=10)
+    most = 0
+
+    class Watched(Engine):
+        async def complete(self, endpoint: Endpoint, body: Json) -> Answer:
+            nonlocal most
+            most = max(most, self.kv().running + 1)
+            return await super().complete(endpoint, body)
+
+    engine = Watched(latency_s=0.001)
+    engine.config = config.engine.model_copy(update={"max_num_seqs": 4})
+    run(config, plan, engine)
+    assert most == 8  # twice, so that its queue never runs dry
+
+
+def test_a_shard_that_is_done_is_not_asked_again(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(20))
+    config, plan = planned(tmp_path, shard_rows=10)
+    run(config, plan, Engine(), 0)
+    before = (tmp_path / "out" / plan.part_name(0)).read_bytes()
+    engine = Engine()
+    run(config, plan, engine)
+    assert sorted(engine.asked) == sorted(f"prompt {n}" for n in range(10, 20))
+    assert (tmp_path / "out" / plan.part_name(0)).read_bytes() == before
+
+
+def test_a_dead_engine_ends_its_shards_and_nothing_of_them_is_written(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(20))
+    config, plan = planned(tmp_path, shard_rows=10)
+    with pytest.raises(EngineDeadError, match="died"):
+        run(config, plan, Engine(die_after=7), 0)
+    assert parts(config) == {}
+
+
+def test_an_input_that_changed_ends_the_shard(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "in" / "a.jsonl", prompts(20))
+    config, plan = planned(tmp_path)
+    write_lines(path, prompts(20, start=1))
+    with pytest.raises(InputChangedError, match="changed after it was planned"):
+        run(config, plan, Engine())
+
+
+def test_stats_tell_what_open_shards_have_finished(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", [*prompts(9), b"{"])
+    config, plan = planned(tmp_path)
+    seen: list[Done] = []
+
+    class Looking(Engine):
+        async def complete(self, endpoint: Endpoint, body: Json) -> Answer:
+            answer = await super().complete(endpoint, body)
+            seen.append(worker.stats().open_shards[0])
+            return answer
+
+    async def shard() -> None:
+        nonlocal worker
+        worker = ShardWorker(config, plan, Looking())
+        await worker.run(0)
+
+    worker: Any = None
+    asyncio.run(shard())
+    assert [done.rows for done in seen] == list(range(1, 10))
+    assert seen[-1].errors == {"invalid_json": 1}
+    assert seen[-1].completion_tokens == 4 * 8
+    assert worker.stats().open_shards == {}
+
+
+# Failed rows again
+
+
+def test_a_rerun_asks_only_failed_rows_and_adds_their_attempts(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(10))
+    config, plan = planned(tmp_path, max_attempts=2)
+    bad = {"prompt 3", "prompt 8"}
+    broken = refusal("engine_error", "not now", 500)
+    run(config, plan, Engine(lambda prompt, _: broken if prompt in bad else None))
+    first = rows_of(config)
+    again = config.model_copy(update={"retry_errors": True})
+    engine = Engine()
+    run(again, plan, engine)
+    second = rows_of(config)
+    assert set(engine.asked) == bad
+    assert [row["attempts"] for row in second] == [3 if n in (3, 8) else 1 for n in range(10)]
+    assert [row["text"] for row in second] == [fake_text(f"prompt {n}") for n in range(10)]
+    assert [new for new in second if new["n"] not in (3, 8)] == [
+        old for old in first if old["n"] not in (3, 8)
+    ]
+
+
+def test_a_rerun_that_is_run_once_more_leaves_the_part_alone(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(10))
+    config, plan = planned(tmp_path)
+    run(config, plan, Engine())
+    path = tmp_path / "out" / plan.part_name(0)
+    before = path.read_bytes()
+    engine = Engine()
+    run(config.model_copy(update={"retry_errors": True}), plan, engine)
+    assert (engine.asked, path.read_bytes()) == ([], before)
+
+
+# The store's faults
+
+
+class Store(LocalStorage):
+    """Writes parts; the first calls fail, before or after they did their work."""
+
+    def __init__(self, fails: int, error: StorageError, *, after: bool = False) -> None:
+        self.fails, self.error, self.after = fails, error, after
+        self.calls = 0
+
+    def write_new(self, uri: str, data: bytes, *, sha256: str | None = None) -> None:
+        self.calls += 1
+        failing = self.calls <= self.fails
+        if not failing or self.after:
+            super().write_new(uri, data, sha256=sha256)
+        if failing:
+            raise self.error
+
+
+def test_answers_outlast_an_outage_of_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pauses: list[float]
+) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(10))
+    config, plan = planned(tmp_path)
+    store, engine = Store(5, TransientStorageError("the store is away")), Engine()
+    monkeypatch.setattr(parts_module, "storage_for", lambda uri: store)
+    run(config, plan, engine)
+    assert len(rows_of(config)) == len(engine.asked) == 10
+    assert (store.calls, len(no_pauses)) == (6, 5)
+
+
+def test_a_write_that_was_done_though_it_seemed_to_fail_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(10))
+    config, plan = planned(tmp_path)
+    store = Store(1, TransientStorageError("no reply"), after=True)
+    monkeypatch.setattr(parts_module, "storage_for", lambda uri: store)
+    run(config, plan, Engine())
+    assert store.calls == 2
+    assert len(rows_of(config)) == 10
+
+
+def test_a_store_that_refuses_ends_the_shard_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(10))
+    config, plan = planned(tmp_path)
+    store = Store(1, AccessDeniedError("no"))
+    monkeypatch.setattr(parts_module, "storage_for", lambda uri: store)
+    with pytest.raises(AccessDeniedError):
+        run(config, plan, Engine())
+    assert store.calls == 1
+
+
+def test_an_input_that_cannot_be_read_for_a_while_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pauses: list[float]
+) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(10))
+    config, plan = planned(tmp_path)
+
+    class Away(LocalStorage):
+        calls = 0
+
+        def read(
+            self, uri: str, start: int = 0, end: int | None = None, *, etag: str | None = None
+        ) -> bytes:
+            self.calls += 1
+            if self.calls < 4:
+                raise TransientStorageError("the store is away")
+            return super().read(uri, start, end, etag=etag)
+
+    store = Away()
+    monkeypatch.setattr("phi4ray.batch.files.storage_for", lambda uri: store)
+    run(config, plan, Engine())
+    assert len(rows_of(config)) == 10
+    assert len(no_pauses) == 3
