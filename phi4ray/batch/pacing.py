@@ -9,36 +9,11 @@ hold.
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from phi4ray.protocol import Json, KVState
+from phi4ray.protocol import KVState
 
 OVERSUBSCRIBE = 2.0
 PREFIX_CHARS = 2048
-
-
-@dataclass(slots=True)
-class Lengths:
-    """Learns token counts from finished rows: the best guess for rows that state no limit."""
-
-    # A prior worth a few rows: about four characters a token, answers of a few hundred tokens.
-    prompt_chars: float = 256.0
-    prompt_tokens: float = 64.0
-    completion_tokens: float = 8 * 256.0
-    rows: float = 8.0
-
-    def observe(self, prompt_chars: int, prompt_tokens: int, completion_tokens: int) -> None:
-        """Count one finished row."""
-        self.prompt_chars += prompt_chars
-        self.prompt_tokens += prompt_tokens
-        self.completion_tokens += completion_tokens
-        self.rows += 1
-
-    def demand(self, prompt_chars: int, max_tokens: int | None) -> float:
-        """Tokens of KV cache that a row will hold in the end: its prompt and its answer."""
-        prompt = prompt_chars * self.prompt_tokens / self.prompt_chars
-        mean = self.completion_tokens / self.rows
-        return prompt + (mean if max_tokens is None else min(max_tokens, 2 * mean))
 
 
 class Pacer:
@@ -88,23 +63,6 @@ class Pacer:
     def _take(self, tokens: float) -> None:
         self.rows += 1
         self.tokens += tokens
-
-
-def max_tokens_of(body: Json) -> int | None:
-    """The limit that a request sets to its answer, over all its choices; None for a bad one."""
-    limit = body.get("max_completion_tokens") or body.get("max_tokens")
-    choices = body.get("n") or 1
-    if isinstance(limit, int) and isinstance(choices, int) and limit > 0 and choices > 0:
-        return limit * choices
-    return None
-
-
-def prompt_of(body: Json) -> str:
-    """What the engine sees of a request, as one text: for lengths and for shared prefixes."""
-    messages = body.get("messages")
-    if isinstance(messages, list):
-        return "\n".join(str(m.get("content")) if isinstance(m, dict) else "" for m in messages)
-    return str(body.get("prompt") or body.get("input") or "")
 
 
 def order(requests: Sequence[tuple[str, int | None]]) -> list[int]:

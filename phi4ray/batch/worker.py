@@ -17,7 +17,7 @@ import tenacity
 
 from phi4ray.batch.carried import decode_schema
 from phi4ray.batch.files import Reader
-from phi4ray.batch.pacing import Lengths, Pacer, max_tokens_of, order, prompt_of
+from phi4ray.batch.pacing import Pacer, order
 from phi4ray.batch.parts import (
     Receipt,
     Result,
@@ -32,6 +32,7 @@ from phi4ray.batch.parts import (
 from phi4ray.batch.plan import Plan, Shard
 from phi4ray.batch.rows import Defaults, Request, record_id, to_request
 from phi4ray.config import BatchConfig
+from phi4ray.demand import Lengths, max_tokens_of, prompt_of
 from phi4ray.errors import ObjectNotFoundError, TransientStorageError
 from phi4ray.protocol import Answer, Replica, RowError, refusal
 

@@ -3,13 +3,11 @@
 import asyncio
 import itertools
 import random
-from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi4ray.batch.pacing import Lengths, Pacer, max_tokens_of, order, prompt_of
+from phi4ray.batch.pacing import Pacer, order
 from phi4ray.protocol import KVState
 
 
@@ -156,71 +154,6 @@ def test_every_row_gets_its_turn_and_all_room_comes_back(
         assert (room.rows, room.tokens) == (0, 0)
 
     asyncio.run(scenario())
-
-
-# Demand
-
-
-def test_demand_is_the_prompt_and_the_most_it_may_produce() -> None:
-    lengths = Lengths()
-    assert lengths.demand(400, 10) == 100 + 10
-    assert lengths.demand(0, 10) == 10
-
-
-def test_demand_of_rows_without_a_limit_is_learnt_from_finished_ones() -> None:
-    lengths = Lengths()
-    for _ in range(10_000):
-        lengths.observe(prompt_chars=300, prompt_tokens=100, completion_tokens=50)
-    assert lengths.demand(300, None) == pytest.approx(150, rel=0.02)
-
-
-def test_a_limit_that_answers_never_reach_does_not_empty_the_engine() -> None:
-    lengths = Lengths()
-    for _ in range(10_000):
-        lengths.observe(prompt_chars=300, prompt_tokens=100, completion_tokens=50)
-    assert lengths.demand(0, 100_000) == pytest.approx(100, rel=0.02)
-
-
-@pytest.mark.parametrize(
-    ("body", "limit"),
-    [
-        ({}, None),
-        ({"max_tokens": 5}, 5),
-        ({"max_tokens": 5, "max_completion_tokens": 7}, 7),
-        ({"max_tokens": 5, "n": 3}, 15),
-        ({"max_tokens": None, "n": None}, None),
-        ({"max_tokens": 0}, None),
-        ({"max_tokens": -5}, None),
-        ({"max_tokens": 5, "n": -1}, None),
-        ({"max_tokens": "5"}, None),
-        ({"max_tokens": 5.5}, None),
-        ({"max_tokens": [5], "n": {}}, None),
-    ],
-)
-def test_a_requests_limit_counts_all_its_choices_and_bad_ones_count_nothing(
-    body: dict[str, Any], limit: int | None
-) -> None:
-    assert max_tokens_of(body) == limit
-
-
-@given(st.integers(0, 10**9), st.none() | st.integers(1, 10**30))
-def test_demand_is_never_negative_and_always_finite(chars: int, limit: int | None) -> None:
-    assert 0 <= Lengths().demand(chars, limit) < 1e12
-
-
-@pytest.mark.parametrize(
-    ("body", "prompt"),
-    [
-        ({"messages": [{"content": "a"}, {"content": "b"}]}, "a\nb"),
-        ({"messages": [{"content": None}, 5]}, "None\n"),
-        ({"prompt": "a"}, "a"),
-        ({"prompt": [1, 2]}, "[1, 2]"),
-        ({"input": "a"}, "a"),
-        ({}, ""),
-    ],
-)
-def test_a_requests_prompt_is_one_text(body: dict[str, Any], prompt: str) -> None:
-    assert prompt_of(body) == prompt
 
 
 # Order

@@ -1,0 +1,96 @@
+"""Tokens of KV cache that a request will hold: what it states, and what finished ones taught."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phi4ray.demand import Lengths, max_tokens_of, prompt_of, prompt_token_ids
+
+
+def test_demand_is_the_prompt_and_the_most_it_may_produce() -> None:
+    lengths = Lengths()
+    assert lengths.demand(400, 10) == 100 + 10
+    assert lengths.demand(0, 10) == 10
+
+
+def test_demand_of_rows_without_a_limit_is_learnt_from_finished_ones() -> None:
+    lengths = Lengths()
+    for _ in range(10_000):
+        lengths.observe(prompt_chars=300, prompt_tokens=100, completion_tokens=50)
+    assert lengths.demand(300, None) == pytest.approx(150, rel=0.02)
+
+
+def test_a_limit_that_answers_never_reach_does_not_empty_the_engine() -> None:
+    lengths = Lengths()
+    for _ in range(10_000):
+        lengths.observe(prompt_chars=300, prompt_tokens=100, completion_tokens=50)
+    assert lengths.demand(0, 100_000) == pytest.approx(100, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("body", "limit"),
+    [
+        ({}, None),
+        ({"max_tokens": 5}, 5),
+        ({"max_tokens": 5, "max_completion_tokens": 7}, 7),
+        ({"max_tokens": 5, "n": 3}, 15),
+        ({"max_tokens": None, "n": None}, None),
+        ({"max_tokens": 0}, None),
+        ({"max_tokens": -5}, None),
+        ({"max_tokens": 5, "n": -1}, None),
+        ({"max_tokens": "5"}, None),
+        ({"max_tokens": 5.5}, None),
+        ({"max_tokens": [5], "n": {}}, None),
+    ],
+)
+def test_a_requests_limit_counts_all_its_choices_and_bad_ones_count_nothing(
+    body: dict[str, Any], limit: int | None
+) -> None:
+    assert max_tokens_of(body) == limit
+
+
+@given(st.integers(0, 10**9), st.none() | st.integers(1, 10**30))
+def test_demand_is_never_negative_and_always_finite(chars: int, limit: int | None) -> None:
+    assert 0 <= Lengths().demand(chars, limit) < 1e12
+
+
+@pytest.mark.parametrize(
+    ("body", "prompt"),
+    [
+        ({"messages": [{"content": "a"}, {"content": "b"}]}, "a\nb"),
+        ({"messages": [{"content": None}, 5]}, "None\n"),
+        ({"prompt": "a"}, "a"),
+        ({"prompt": [1, 2]}, "[1, 2]"),
+        ({"input": "a"}, "a"),
+        ({}, ""),
+    ],
+)
+def test_a_requests_prompt_is_one_text(body: dict[str, Any], prompt: str) -> None:
+    assert prompt_of(body) == prompt
+
+
+@pytest.mark.parametrize(
+    ("body", "tokens"),
+    [
+        ({"prompt": "a"}, 0),
+        ({"prompt": [1, 2, 3]}, 3),
+        ({"prompt": [[1, 2], [3]]}, 3),
+        ({"prompt": ["a", "b"]}, 0),
+        ({"input": [7, 8]}, 2),
+        ({"prompt": []}, 0),
+        ({}, 0),
+    ],
+)
+def test_token_ids_are_counted_and_not_guessed(body: dict[str, Any], tokens: int) -> None:
+    assert prompt_token_ids(body) == tokens
+
+
+def test_a_change_of_traffic_is_noticed_after_some_thousand_requests() -> None:
+    lengths = Lengths()
+    for _ in range(100_000):
+        lengths.observe(prompt_chars=400, prompt_tokens=100, completion_tokens=10)
+    for _ in range(20_000):
+        lengths.observe(prompt_chars=400, prompt_tokens=100, completion_tokens=500)
+    assert lengths.demand(0, None) > 400
