@@ -4,7 +4,8 @@ vLLM's engine is a child process and does not notice that its parent was killed;
 the GPU's memory, and the replacement actor could not start. Linux's PR_SET_PDEATHSIG fires when
 the *thread* that started the child ends, so it does not fit either. A watcher does: a process of
 its own session that waits for the end of a pipe and then kills every process that carries the
-owner's mark in its environment. Children must be spawned, not forked, to carry the mark.
+owner's mark in its environment. Children must be spawned, not forked, to carry the mark, and must
+not write their title over it, as vLLM's do by setproctitle unless SPT_NOENV is set.
 """
 
 import contextlib
@@ -37,15 +38,17 @@ def kill_orphans() -> Iterator[None]:
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
-    before = os.environ.get(MARK)
-    os.environ[MARK] = mark
+    marks = {MARK: mark, "SPT_NOENV": "1"}
+    before = {name: os.environ.get(name) for name in marks}
+    os.environ.update(marks)
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop(MARK, None)
-        else:
-            os.environ[MARK] = before
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
         assert watcher.stdin is not None
         watcher.stdin.close()
         watcher.wait()

@@ -12,6 +12,11 @@ from moto.server import ThreadedMotoServer
 from phi4ray.storage import s3
 
 
+def pytest_unconfigure() -> None:
+    # What ends after pytest, as vLLM's guards, would log to streams that are closed by then.
+    logging.raiseExceptions = False
+
+
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     logging.getLogger("werkzeug").setLevel(logging.WARNING)

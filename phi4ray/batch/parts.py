@@ -90,8 +90,8 @@ class Result:
 def error_of(answer: Answer) -> RowError:
     """The stable code of an OpenAI error answer: its own `code`, or its parameter's, or status'.
 
-    vLLM puts the HTTP status in `code`, and says by `param` what was wrong: `input_tokens` where
-    the prompt, or the prompt with its answer, is longer than the context.
+    vLLM puts the HTTP status in `code`, and says by `param` what was wrong: `input_tokens`, or
+    `input_text` where it need not count them, of a prompt that is longer than the context.
     """
     error = answer.body.get("error")
     error = error if isinstance(error, dict) else {"message": str(answer.body)}
@@ -99,8 +99,8 @@ def error_of(answer: Answer) -> RowError:
     if isinstance(code, str) and not code.isdigit():
         return RowError(code, message)
     if error.get("param"):
-        known = {"input_tokens": "context_length_exceeded"}
-        return RowError(known.get(error["param"], "invalid_parameter"), message)
+        too_long = error["param"] in ("input_tokens", "input_text")
+        return RowError("context_length_exceeded" if too_long else "invalid_parameter", message)
     by_status = {400: "invalid_request", 404: "not_found", 408: "timeout", 422: "invalid_request"}
     return RowError(by_status.get(answer.status, "engine_error"), message)
 

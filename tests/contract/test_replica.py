@@ -175,10 +175,12 @@ def test_an_abandoned_request_frees_its_tokens(running: Running) -> None:
 
 @pytest.mark.engine
 def test_an_engine_whose_process_dies_says_so(tmp_path: Path) -> None:
+    others = marked_children()
     running = Running(tiny(tmp_path / "tiny"))
-    for child in psutil.Process().children(recursive=True):
-        if child.environ().get(MARK) and "EngineCore" in " ".join(child.cmdline()):
-            child.kill()
+    (engine,) = [
+        child for child in marked_children() if "EngineCore" in child.name() and child not in others
+    ]
+    engine.kill()
 
     async def ask_until_it_is_noticed() -> None:
         for _ in range(100):
@@ -189,6 +191,22 @@ def test_an_engine_whose_process_dies_says_so(tmp_path: Path) -> None:
     with pytest.raises(EngineDeadError):
         running.run(ask_until_it_is_noticed())
     running.run(running.replica.stop())
+
+
+@pytest.mark.engine
+def test_a_killed_owner_leaves_no_engine_behind(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "tiny")
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None
+    assert any(line.startswith("started") for line in owner.stdout)
+    processes = psutil.Process(owner.pid).children(recursive=True)
+    assert any("EngineCore" in process.name() for process in processes)
+    owner.kill()
+    owner.wait()
+    gone, alive = psutil.wait_procs(processes, 60)
+    assert (len(gone), alive) == (len(processes), [])
 
 
 @pytest.mark.engine
@@ -203,6 +221,28 @@ def test_a_fake_fails_to_start_as_planned() -> None:
     with pytest.raises(EngineStartError, match="no memory"):
         Running(config)
 
+
+def marked_children() -> list[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if child.environ().get(MARK)]
+
+
+OWNER = """
+import asyncio, sys
+from phi4ray.config import EngineConfig
+from phi4ray.engines import make_replica
+
+async def main():
+    replica = make_replica(EngineConfig(
+        model=sys.argv[1], max_model_len=1024, max_num_seqs=8, max_num_batched_tokens=1024,
+        kv_cache_memory_bytes=1 << 26, enforce_eager=True))
+    await replica.start()
+    print("started", flush=True)
+    await asyncio.sleep(600)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
 
 ORPHANS = """
 import os, subprocess, sys, time
