@@ -19,28 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from engines import ENGINES, make_model
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 
-ENGINES: dict[str, dict[str, Any]] = {
-    "cpu": {
-        "max_model_len": 2048,
-        "kv_cache_memory_bytes": 1 << 30,
-        "max_num_seqs": 256,
-        "max_num_batched_tokens": 4096,
-    },
-    "h200": {
-        "load_format": "dummy",
-        "quantization": "fp8",
-        "kv_cache_dtype": "fp8",
-        "max_model_len": 16384,
-        "gpu_memory_utilization": 0.9,
-        "max_num_seqs": 1024,
-        "max_num_batched_tokens": 16384,
-    },
-}
 SIDES = ("bare", "ours", "ray.data.llm")
 
 
@@ -88,13 +72,7 @@ def prepare(folder: Path, engine: str, shape: str, rows: int) -> None:
     """Write the model's folder and the prompts: random words, so that no prefix is shared."""
     from transformers import AutoTokenizer
 
-    from phi4ray.train.tiny import make_dummy_model, make_tiny_model
-
-    model = folder / "model"
-    if engine == "h200":
-        make_dummy_model(model, "microsoft/phi-4")
-    else:
-        make_tiny_model(model)
+    model = make_model(engine, folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(model)
     prompt_tokens, answer_tokens = map(int, shape.split("x"))
     random_ = random.Random(0)
@@ -211,7 +189,7 @@ def ray_data_llm(
             tokenize_stage=False,
             detokenize_stage=False,
             **(
-                {"resources_per_bundle": {"CPU": 1}, "accelerator_type": None}
+                {"placement_group_config": {"bundles": [{"CPU": 1}]}, "accelerator_type": None}
                 if kind == "cpu"
                 else {}
             ),

@@ -14,11 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @contextlib.contextmanager
-def connected(*, num_cpus: int | None = None) -> Iterator[None]:
+def connected(*, num_cpus: int | None = None, local: bool = False) -> Iterator[None]:
     """Be connected to Ray inside the block.
 
     `RAY_ADDRESS` (which `ray job submit` sets) or a cluster running on this machine is used; where
-    there is none, a local one is started, with `num_cpus` cores, and stopped at the end.
+    there is none, or with `local` or `num_cpus`, one is started here and stopped at the end.
 
     Raises:
         ClusterError: the named cluster cannot be reached.
@@ -33,10 +33,10 @@ def connected(*, num_cpus: int | None = None) -> Iterator[None]:
         "include_dashboard": False,
     }
     try:
-        if num_cpus is None:
-            ray.init(**options)
-        else:
+        if local or num_cpus is not None:
             ray.init("local", num_cpus=num_cpus, **options)
+        else:
+            ray.init(**options)
     except ConnectionError as error:
         if "RAY_ADDRESS" in os.environ:
             raise ClusterError(

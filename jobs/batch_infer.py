@@ -9,37 +9,38 @@ Endpoint and credentials of the object store come from the usual AWS variables.
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
 from cluster.batch import RayExecutor
 from cluster.local import connected
+from jobs.flags import (
+    ENGINE_FLAGS,
+    Flags,
+    add_fields,
+    engine_layer,
+    file_layer,
+    local_model,
+    new_parser,
+    pairs,
+)
 from phi4ray.batch.describe import describe_plan
 from phi4ray.batch.planning import obtain_plan
 from phi4ray.batch.run import run_batch
 from phi4ray.batch.summary import print_summary
-from phi4ray.config import (
-    BatchConfig,
-    Endpoint,
-    EngineConfig,
-    OutputFormat,
-    batch_config,
-    load_yaml,
-)
+from phi4ray.config import BatchConfig, Endpoint, EngineConfig, OutputFormat, batch_config
 from phi4ray.errors import ConfigError, Phi4rayError
-from phi4ray.recipes import RECIPES, find_recipe
+from phi4ray.recipes import find_recipe
 
 EXIT_CODES = """\
 exit codes: 0 all rows answered, 3 finished with error rows, 1 failed, 2 bad arguments"""
 
-# Flags that set one field of the configuration each: their names, types and defaults are there.
-JOB_FLAGS: Mapping[str, type] = {
+JOB_FLAGS: Flags = {
     "limit": int,
     "shard_rows": int,
     "shard_mib": float,
@@ -52,16 +53,6 @@ JOB_FLAGS: Mapping[str, type] = {
     "gpu_hour_price": float,
     "progress_interval_s": float,
     "system_prompt": str,
-}
-ENGINE_FLAGS: Mapping[str, type] = {
-    "model": str,
-    "served_model_name": str,
-    "quantization": str,
-    "kv_cache_dtype": str,
-    "load_format": str,
-    "max_model_len": int,
-    "tensor_parallel_size": int,
-    "gpu_memory_utilization": float,
 }
 
 
@@ -90,15 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Describe the command line; what a flag's absence means is in `phi4ray.config`."""
+    """Describe the command line."""
     described, _, example = (__doc__ or "").partition("\n\n")
-    result = argparse.ArgumentParser(
-        "batch_infer.py",
-        description=described,
-        epilog=f"{example}\n{EXIT_CODES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
+    result = new_parser("batch_infer.py", described, f"{example}\n{EXIT_CODES}")
     add = result.add_argument
     add(
         "--input",
@@ -109,32 +94,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--output", metavar="URI", help="prefix that will hold this one job's answers")
     add(
-        "--recipe",
-        default=None,
-        choices=sorted(RECIPES),
-        help="a complete configuration to start from",
-    )
-    add(
-        "--config",
-        default=None,
-        metavar="FILE",
-        help="YAML with any of the configuration; flags win over it",
-    )
-    add(
         "--set",
         nargs="+",
         action="extend",
         metavar="KEY=VALUE",
         default=[],
         help="request parameters for rows that do not set them, as temperature=0.7",
-    )
-    add(
-        "--engine-arg",
-        nargs="+",
-        action="extend",
-        metavar="KEY=VALUE",
-        default=[],
-        help="any argument of `vllm serve` by its Python name, as max_num_seqs=512",
     )
     add("--endpoint", choices=get_args(Endpoint), help="where `prompt` rows go")
     add(
@@ -144,21 +109,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--retry-errors", action="store_true", help="rerun only the failed rows of a finished job")
     add("--dry-run", action="store_true", default=False, help="print the plan and write nothing")
-    groups: tuple[tuple[str, Mapping[str, type], Any], ...] = (
-        ("job", JOB_FLAGS, BatchConfig),
-        ("engine", ENGINE_FLAGS, EngineConfig),
-    )
-    for title, flags, model in groups:
-        group = result.add_argument_group(title)
-        for name, kind in flags.items():
-            field = model.model_fields[name]
-            default = "" if field.is_required() or field.default is None else f" [{field.default}]"
-            group.add_argument(
-                f"--{name.replace('_', '-')}",
-                type=kind,
-                metavar=kind.__name__.upper(),
-                help=((field.description or "as in `vllm serve`") + default).replace("%", "%%"),
-            )
+    add_fields(result, "job", JOB_FLAGS, BatchConfig)
+    add_fields(result, "engine", ENGINE_FLAGS, EngineConfig)
     return result
 
 
@@ -169,52 +121,17 @@ def configuration(arguments: argparse.Namespace) -> BatchConfig:
         ConfigError: names every field that is wrong or missing.
     """
     given = vars(arguments)
-    layers: list[Mapping[str, Any]] = []
-    if arguments.recipe:
-        layers.append(find_recipe(arguments.recipe).settings)
-    if arguments.config:
-        try:
-            layers.append(load_yaml(Path(arguments.config).read_text("utf-8"), arguments.config))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--config {arguments.config} cannot be read: {error}") from error
-    engine = {name: given[name] for name in ENGINE_FLAGS if name in given}
-    others: dict[str, Any] = {}
-    for name, value in pairs("--engine-arg", arguments.engine_arg).items():
-        (engine if name in EngineConfig.model_fields else others)[name] = value
-    flags = {
+    recipe = find_recipe(arguments.recipe).settings if arguments.recipe else {}
+    flags: dict[str, Any] = {
         name: given[name]
         for name in (*JOB_FLAGS, "input", "output", "endpoint", "output_format", "retry_errors")
         if name in given
     }
-    flags["engine"] = engine | ({"engine_args": others} if others else {})
+    flags["engine"] = engine_layer(arguments)
     if arguments.set:
         flags["sampling"] = pairs("--set", arguments.set)
-    layers.append(flags)
-    config = batch_config(*layers)
-    # Workers have another working folder.
-    model = Path(config.engine.model)
-    if model.is_dir():
-        engine_config = config.engine.model_copy(update={"model": str(model.resolve())})
-        config = config.model_copy(update={"engine": engine_config})
-    return config
-
-
-def pairs(flag: str, items: Sequence[str]) -> dict[str, Any]:
-    """Decode `KEY=VALUE` items; values are YAML, so that numbers, lists and booleans are such.
-
-    Raises:
-        ConfigError: an item has another form.
-    """
-    values = {}
-    for item in items:
-        key, equals, text = item.partition("=")
-        if not key or not equals:
-            raise ConfigError(f"{flag} {item}: write KEY=VALUE")
-        try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{flag} {item}: the value is not valid YAML: {error}") from error
-    return values
+    config = batch_config(recipe, file_layer(arguments.config), flags)
+    return config.model_copy(update={"engine": local_model(config.engine)})
 
 
 if __name__ == "__main__":

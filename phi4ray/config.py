@@ -5,7 +5,7 @@ Names are vLLM's where vLLM has one. Units are in the names.
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -21,6 +21,9 @@ class Config(BaseModel):
     """Base of every configuration: immutable, and a misspelt key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+C = TypeVar("C", bound=Config)
 
 
 class EngineConfig(Config):
@@ -170,8 +173,17 @@ def batch_config(*layers: Mapping[str, Any]) -> BatchConfig:
     Raises:
         ConfigError: names every field that is wrong.
     """
+    return validated(BatchConfig, *layers)
+
+
+def validated(model: type[C], *layers: Mapping[str, Any]) -> C:
+    """Merge layers, later ones winning, into a configuration.
+
+    Raises:
+        ConfigError: names every field that is wrong.
+    """
     try:
-        return BatchConfig.model_validate(merge(*layers))
+        return model.model_validate(merge(*layers))
     except ValidationError as error:
         lines = [
             f"  {'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors()

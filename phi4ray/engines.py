@@ -8,14 +8,14 @@ from filelock import FileLock
 
 from phi4ray.config import EngineConfig
 from phi4ray.fake import FakeReplica
-from phi4ray.protocol import Replica
+from phi4ray.protocol import OnlineReplica
 from phi4ray.storage import copy_tree
 
 MODEL_CACHE = "PHI4RAY_MODEL_CACHE"
 """Environment variable: where models from s3:// are kept on a node."""
 
 
-def make_replica(config: EngineConfig) -> Replica:
+def make_replica(config: EngineConfig) -> OnlineReplica:
     """A replica that is not started yet; its model is on this machine or on the hub.
 
     The engine's environment is set before vLLM is imported, because parts of it are read then.

@@ -7,10 +7,12 @@ a job's plumbing (buckets, credentials, formats) before they rent a GPU.
 import asyncio
 import hashlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 from phi4ray.config import Endpoint, EngineConfig
 from phi4ray.errors import EngineDeadError, EngineStartError
+from phi4ray.fake_app import fake_app
 from phi4ray.protocol import Answer, Json, KVState, refusal
 
 
@@ -19,7 +21,8 @@ class FakeReplica:
 
     `config.engine_args` may set: `latency_s` (of each request), `start_s`, `start_error`
     (message of an `EngineStartError`), `kv_cache_size_tokens`, `die_after` (requests until the
-    engine is dead), `fail_times` (how often each request gets a 500 before its answer).
+    engine is dead), `fail_times` (how often each request gets a 500 before its answer),
+    `chunk_s` (between the characters of a streamed answer).
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -31,11 +34,22 @@ class FakeReplica:
         self._capacity_tokens = int(knobs.pop("kv_cache_size_tokens", 1_000_000))
         self._die_after = knobs.pop("die_after", None)
         self._fail_times = int(knobs.pop("fail_times", 0))
+        chunk_s = float(knobs.pop("chunk_s", 0.0))
         if knobs:
             raise EngineStartError(f"the fake engine has no argument {sorted(knobs)[0]!r}")
         self._used_tokens = self._running = self._served = 0
         self._failures: dict[str, int] = {}
         self._dead = False
+        self.on_finished: Callable[[str, int, int], None] | None = None
+        self.app: Any = fake_app(self, config.model_name, chunk_s, self._finished)
+
+    def _finished(self, engine_id: str, usage: Json) -> None:
+        if self.on_finished is not None:
+            self.on_finished(engine_id, usage["prompt_tokens"], usage["completion_tokens"])
+
+    def alive(self) -> bool:
+        """See `phi4ray.protocol.OnlineReplica.alive`."""
+        return not self._dead
 
     async def start(self) -> None:
         """See `phi4ray.protocol.Replica.start`."""

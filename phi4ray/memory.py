@@ -1,26 +1,32 @@
-"""What fits on a GPU, by arithmetic alone: weights, KV cache, concurrency, a rough speed.
+"""What fits on a GPU, by arithmetic alone: the KV cache that weights leave, and its concurrency.
 
 Follows vLLM's own budget (its start log names the same parts):
 
     KV cache = total * gpu_memory_utilization - weights - activations - non-torch - CUDA graphs
 
-Weights and KV blocks are exact: they come from the shape, and from how PyTorch's allocator rounds
-(checked on an H200 with phi-4's shape: 27.39 GiB bf16 and 14.74 GiB FP8, both met to 0.01).
-Activations are a formula of the shape. Two parts are numbers that somebody measured, and one of
-them is fitted: see `NON_TORCH_BYTES` and `CUDA_GRAPH_BYTES`. All bytes are of one GPU.
+Weights and KV blocks are exact, activations a formula of the shape (`phi4ray.footprint`). Two parts
+are numbers that somebody measured, and one of them is fitted: see `NON_TORCH_BYTES` and
+`CUDA_GRAPH_BYTES`. All bytes are of one GPU.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from phi4ray.config import EngineConfig
 from phi4ray.errors import ConfigError
-from phi4ray.models import ModelShape, WeightScheme
-
-GIB = 1 << 30
-MIB = 1 << 20
+from phi4ray.footprint import (
+    activation_bytes,
+    kv_bytes_per_token,
+    padded_vocabulary,
+    tensor_parallel_sizes,
+    weight_bytes,
+)
+from phi4ray.gpus import GIB, GPUS, Gpu, find_gpu
+from phi4ray.models import WeightScheme, extra_parameters_of, shape_of, weight_scheme
+from phi4ray.shapes import ModelShape
 
 NON_TORCH_BYTES = int(0.26 * GIB)
 """CUDA context and library workspaces: 0.26 GiB in a published start log of 4-bit phi-4."""
@@ -32,54 +38,27 @@ and max_num_seqs=1024 (51 graphs): 0.21 GiB with bf16 weights, 0.24 GiB with FP8
 TENSOR_PARALLEL_BYTES = int(1.79 * GIB)
 """More non-torch memory at 2 GPUs than at 1, as logged in vllm#10511 (2024). Not measured here."""
 
-SAMPLER_BYTES_PER_LOGIT = 14
-"""bf16 logits, fp32 logits, fp32 probabilities, fp32 noise: read from vLLM's sampler. Below the
-forward pass in all H200 measurements, so those do not check it; matters for big vocabularies."""
+MIN_CONTEXT = 256
+"""No shorter context than this is worth advice."""
 
-_KV_BYTES: Mapping[str, int] = {
-    **dict.fromkeys(("auto", "bfloat16", "float16"), 2),
-    **dict.fromkeys(("fp8", "fp8_e4m3", "fp8_e5m2"), 1),
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
-    """One card. `total_gib` is what CUDA reports, below the name; the rest is the vendor's."""
-
-    total_gib: float
-    memory_bandwidth_tbps: float
-    bf16_tflops: float
-    fast_8bit: bool = True
-
-    @property
-    def total_bytes(self) -> int:
-        """Memory as PyTorch sees it."""
-        return int(self.total_gib * GIB)
-
-
-# total_gib: as PyTorch's out-of-memory messages give it; the lowest of what is commonly seen, for
-# it differs by up to 0.3 GiB with driver and ECC (H200: 139.72 to 139.81, most often 139.80).
-# Bandwidth and dense bf16 rate: NVIDIA's datasheets of H100, H200 (SXM), A100 (SXM), L4, L40S;
-# the Ada architecture whitepaper for GeForce (RTX 4070, 4080, 4090, fp32 accumulate).
-GPUS: Mapping[str, Gpu] = {
-    "h200": Gpu(total_gib=139.80, memory_bandwidth_tbps=4.8, bf16_tflops=989),
-    "h100-80": Gpu(total_gib=79.11, memory_bandwidth_tbps=3.35, bf16_tflops=989),
-    "a100-80": Gpu(total_gib=79.15, memory_bandwidth_tbps=2.039, bf16_tflops=312, fast_8bit=False),
-    "a100-40": Gpu(total_gib=39.39, memory_bandwidth_tbps=1.555, bf16_tflops=312, fast_8bit=False),
-    "l40s-48": Gpu(total_gib=44.34, memory_bandwidth_tbps=0.864, bf16_tflops=362),
-    "l4-24": Gpu(total_gib=22.03, memory_bandwidth_tbps=0.3, bf16_tflops=121),
-    "rtx-24": Gpu(total_gib=23.52, memory_bandwidth_tbps=1.008, bf16_tflops=165),
-    "rtx-16": Gpu(total_gib=15.46, memory_bandwidth_tbps=0.717, bf16_tflops=97),
-    "rtx-12": Gpu(total_gib=11.49, memory_bandwidth_tbps=0.504, bf16_tflops=58),
-}
+_NOT_PLANNED = (
+    "cpu_offload_gb",
+    "hf_overrides",
+    "num_gpu_blocks_override",
+    "pipeline_parallel_size",
+    "speculative_config",
+)
+"""Engine arguments that change what lies on a GPU in ways that are not planned here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """One model on GPUs of `gpu_bytes` each, under engine settings of vLLM's names.
 
-    `request_tokens` is prompt plus answer of a typical request, for the recommendation alone.
-    The four `*_bytes` at the end replace an estimate by a measurement.
+    `extra_parameters` are encoders and adapters, bf16 and counted whole on each GPU (vLLM splits
+    the image encoder, but not the one for speech). `request_tokens` is prompt plus answer of a
+    typical request, for the recommendation alone. The four `*_bytes` at the end replace an
+    estimate by a measurement.
     """
 
     shape: ModelShape
@@ -106,7 +85,9 @@ class Placement:
 class MemoryPlan:
     """Where the memory of each GPU goes, and what the KV cache then holds.
 
-    `max_concurrency` counts requests of full `max_model_len`. The recommendations are for
+    `available_bytes` is what the other parts leave to the KV cache, below zero where they do not
+    fit; `kv_cache_bytes` is that, or what `kv_cache_memory_bytes` asks for. `max_concurrency`
+    counts requests of full `max_model_len`. The recommendations are for
     `Placement.request_tokens`: as many requests as the cache holds whole (at most vLLM's 1,024),
     and the largest prefill step whose activations take at most a tenth of what weights leave.
     """
@@ -117,6 +98,7 @@ class MemoryPlan:
     activation_bytes: int
     non_torch_bytes: int
     cuda_graph_bytes: int
+    available_bytes: int
     kv_cache_bytes: int
     kv_bytes_per_token: int
     num_gpu_blocks: int
@@ -126,64 +108,10 @@ class MemoryPlan:
     recommended_max_num_seqs: int
     recommended_max_num_batched_tokens: int
 
-
-def weight_bytes(shape: ModelShape, scheme: WeightScheme = "bf16", tp: int = 1) -> int:
-    """Bytes of one GPU's share of the weights, as PyTorch's allocator counts them.
-
-    A linear layer takes 2 bytes a weight (bf16); 1, and an fp32 scale for each output (fp8, w8a8);
-    or half a byte, and for each group of 128 inputs a 2-byte scale and a 4-bit zero point (w4a16;
-    symmetric checkpoints lack the zero points and are 0.6% smaller). Embedding and untied lm_head,
-    padded to 64 rows a GPU, norms and one rotary table are bf16.
-    """
-    hidden, width = shape.hidden_size, shape.head_dim
-    queries = shape.num_attention_heads // tp * width
-    keys = _kv_heads(shape, tp) * width
-    ffn = shape.intermediate_size // tp
-    linears = ((queries + 2 * keys, hidden), (hidden, queries), (2 * ffn, hidden), (hidden, ffn))
-    layer = sum(_allocated(n) for rows, cols in linears for n in _tensors(rows, cols, scheme))
-    norms = (2 * shape.num_hidden_layers + 1) * hidden * 2
-    vocabulary = math.ceil(shape.vocab_size / (64 * tp)) * 64
-    tables = (1 if shape.tie_word_embeddings else 2) * _allocated(2 * vocabulary * hidden)
-    rotary = int(2 * shape.max_model_len * width * shape.partial_rotary_factor)
-    return shape.num_hidden_layers * layer + norms + tables + rotary
-
-
-def kv_bytes_per_token(shape: ModelShape, kv_cache_dtype: str = "auto", tp: int = 1) -> int:
-    """2 (key and value) * layers * this GPU's kv heads * head_dim * bytes of the dtype.
-
-    Raises:
-        ConfigError: the dtype is not known.
-    """
-    if kv_cache_dtype not in _KV_BYTES:
-        raise ConfigError(f"kv_cache_dtype {kv_cache_dtype!r}: known are {', '.join(_KV_BYTES)}")
-    heads = _kv_heads(shape, tp)
-    return 2 * shape.num_hidden_layers * heads * shape.head_dim * _KV_BYTES[kv_cache_dtype]
-
-
-def activation_bytes(
-    shape: ModelShape, max_num_batched_tokens: int, max_num_seqs: int, tp: int = 1
-) -> int:
-    """Peak of vLLM's profiling run: the larger of the MLP and the sampler, in bytes.
-
-    The MLP holds, for each token and in bf16, gate_up's output (2 * intermediate / tp), its
-    activation (intermediate / tp), and hidden state and residual (2 * hidden). The sampler holds
-    `SAMPLER_BYTES_PER_LOGIT` for each of max_num_seqs * vocab logits.
-    """
-    mlp = 2 * max_num_batched_tokens * (3 * shape.intermediate_size // tp + 2 * shape.hidden_size)
-    rows = min(max_num_seqs, max_num_batched_tokens)
-    return max(mlp, SAMPLER_BYTES_PER_LOGIT * rows * shape.vocab_size)
-
-
-def tensor_parallel_sizes(shape: ModelShape, most: int = 8) -> tuple[int, ...]:
-    """The GPU counts that vLLM can split this model over: heads must divide evenly."""
-    heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
-    return tuple(
-        tp
-        for tp in range(1, most + 1)
-        if heads % tp == 0
-        and shape.intermediate_size % tp == 0
-        and (kv_heads % tp == 0 or tp % kv_heads == 0)
-    )
+    @property
+    def fits(self) -> bool:
+        """Whether the KV cache is there, and holds one request of `max_model_len`."""
+        return self.kv_cache_bytes <= self.available_bytes and self.max_concurrency >= 1
 
 
 def place(
@@ -210,36 +138,100 @@ def place(
     )
 
 
+def place_engine(engine: EngineConfig, gpu: str) -> Placement:
+    """The placement of one engine's configuration, model and card looked up.
+
+    Raises:
+        ConfigError: its memory cannot be planned, which is not to say that it does not fit; the
+            message says why.
+    """
+    card = find_gpu(gpu)
+    changed = [name for name in _NOT_PLANNED if name in engine.engine_args]
+    if changed:
+        raise ConfigError(f"{', '.join(changed)} is set, whose effect on memory is not known here")
+    if engine.dtype in ("float32", "float"):
+        raise ConfigError("dtype is float32, and only 16-bit weights are planned")
+    shape = shape_of(engine.model)
+    if shape is None:
+        raise ConfigError(
+            f"the shape of {engine.model!r} is not known here: name a model of the catalogue, or a "
+            "local folder with its config.json"
+        )
+    kv_bytes_per_token(shape, engine.kv_cache_dtype)  # raises where the dtype is not known
+    return place(
+        engine,
+        shape,
+        card,
+        weight_scheme(engine.model, engine.quantization),
+        extra_parameters_of(engine.model, bool(engine.engine_args.get("enable_lora"))),
+    )
+
+
 def plan_memory(placement: Placement) -> MemoryPlan:
-    """Plan the memory of each GPU.
+    """Plan the memory of each GPU, and insist that it suffices.
 
     Raises:
         ConfigError: the model cannot be split so, its context is shorter, or it does not fit; the
             message names the changes that would fit.
+    """
+    plan = budget(placement)
+    if not plan.fits:
+        raise ConfigError(why_not(placement))
+    return plan
+
+
+def budget(placement: Placement) -> MemoryPlan:
+    """Plan the memory of each GPU, whether it suffices (`MemoryPlan.fits`) or not.
+
+    Raises:
+        ConfigError: the model cannot be split so, or its context is shorter.
     """
     p = placement
     sizes = tensor_parallel_sizes(p.shape, max(8, p.tensor_parallel_size))
     if p.tensor_parallel_size not in sizes:
         raise ConfigError(
             f"tensor_parallel_size={p.tensor_parallel_size} does not divide "
-            f"{p.shape.num_attention_heads} heads and {p.shape.num_key_value_heads} kv heads: "
+            f"{p.shape.num_attention_heads} heads, {p.shape.num_key_value_heads} kv heads and a "
+            f"vocabulary of {padded_vocabulary(p.shape)} evenly: "
             f"use one of {', '.join(map(str, sizes))}"
         )
     if p.max_model_len is not None and p.max_model_len > p.shape.max_model_len:
         raise ConfigError(
             f"max_model_len={p.max_model_len} is more than the model's {p.shape.max_model_len}"
         )
-    plan = _budget(p)
-    if plan.max_concurrency >= 1:
-        return plan
-    remedies = "; ".join(_remedies(p, plan)) or "none of the usual changes: use a larger GPU"
-    raise ConfigError(
+    return _budget(p)
+
+
+def cannot_fit(placement: Placement) -> bool:
+    """Whether weights and KV cache alone, which are exact, are too large.
+
+    Where this is false and yet the plan does not fit, that rests on estimates.
+
+    Raises:
+        ConfigError: as `budget`.
+    """
+    exact = dataclasses.replace(
+        placement, activation_bytes=0, non_torch_bytes=0, cuda_graph_bytes=0
+    )
+    return not budget(exact).fits
+
+
+def why_not(placement: Placement) -> str:
+    """Say where the memory of a placement that does not fit goes, and what would fit."""
+    plan = _budget(placement)
+    needs = (
+        f"one request of max_model_len={plan.max_model_len} needs "
+        f"{plan.max_model_len * plan.kv_bytes_per_token / GIB:.2f}"
+    )
+    if placement.kv_cache_memory_bytes is not None:
+        needs = f"kv_cache_memory_bytes asks for {plan.kv_cache_bytes / GIB:.2f}, and {needs}"
+    remedies = "; ".join(_remedies(placement, plan))
+    advice = f"Any one of these would do: {remedies}" if remedies else "Use a smaller model"
+    return (
         f"it does not fit: of {plan.usable_bytes / GIB:.2f} GiB a GPU, weights take "
         f"{plan.weight_bytes / GIB:.2f}, activations {plan.activation_bytes / GIB:.2f} and the "
         f"runtime {(plan.non_torch_bytes + plan.cuda_graph_bytes) / GIB:.2f}, which leaves "
-        f"{plan.kv_cache_bytes / GIB:.2f} for the KV cache, and one request of max_model_len="
-        f"{plan.max_model_len} needs {plan.max_model_len * plan.kv_bytes_per_token / GIB:.2f}. "
-        f"Any one of these would do: {remedies}"
+        f"{max(0, plan.available_bytes) / GIB:.2f} for the KV cache; {needs}. {advice}"
     )
 
 
@@ -252,8 +244,7 @@ def _budget(p: Placement) -> MemoryPlan:
     # vLLM ignores the fraction where the cache's size is given.
     share = 1.0 if p.kv_cache_memory_bytes else p.gpu_memory_utilization
     usable = math.ceil(p.gpu_bytes * share)
-    extra = 2 * p.extra_parameters // tp
-    weights = or_else(p.weight_bytes, weight_bytes(p.shape, p.weights, tp) + extra)
+    weights = or_else(p.weight_bytes, weight_bytes(p.shape, p.weights, tp) + 2 * p.extra_parameters)
     non_torch = or_else(
         p.non_torch_bytes, NON_TORCH_BYTES + (TENSOR_PARALLEL_BYTES if tp > 1 else 0)
     )
@@ -263,11 +254,10 @@ def _budget(p: Placement) -> MemoryPlan:
         activation_bytes(p.shape, p.max_num_batched_tokens, p.max_num_seqs, tp),
     )
     left = usable - weights - non_torch - graphs
-    kv_cache = left - activations
-    if p.kv_cache_memory_bytes is not None:
-        kv_cache = min(kv_cache, p.kv_cache_memory_bytes)
+    available = left - activations
+    kv_cache = max(0, available) if p.kv_cache_memory_bytes is None else p.kv_cache_memory_bytes
     token = kv_bytes_per_token(p.shape, p.kv_cache_dtype, tp)
-    blocks = max(0, kv_cache) // (token * p.block_size)
+    blocks = kv_cache // (token * p.block_size)
     concurrency = blocks / math.ceil(length / p.block_size)
     tokens = int(concurrency * length)
     steps = (16384, 8192, 4096)
@@ -279,7 +269,8 @@ def _budget(p: Placement) -> MemoryPlan:
         activation_bytes=activations,
         non_torch_bytes=non_torch,
         cuda_graph_bytes=graphs,
-        kv_cache_bytes=max(0, kv_cache),
+        available_bytes=available,
+        kv_cache_bytes=kv_cache,
         kv_bytes_per_token=token,
         num_gpu_blocks=blocks,
         kv_cache_size_tokens=tokens,
@@ -291,44 +282,38 @@ def _budget(p: Placement) -> MemoryPlan:
 
 
 def _remedies(p: Placement, plan: MemoryPlan) -> Iterator[str]:
-    shorter = plan.num_gpu_blocks * p.block_size
-    if shorter >= 256:
-        yield f"max_model_len={shorter}"
-    larger = (t for t in tensor_parallel_sizes(p.shape) if t > p.tensor_parallel_size)
-    changes = {
-        "kv_cache_dtype='fp8'": dataclasses.replace(p, kv_cache_dtype="fp8"),
-        "fp8 weights": dataclasses.replace(p, weights="fp8", weight_bytes=None),
-        "4-bit weights (w4a16)": dataclasses.replace(p, weights="w4a16", weight_bytes=None),
-        "gpu_memory_utilization=0.95": dataclasses.replace(p, gpu_memory_utilization=0.95),
-        "max_num_batched_tokens=2048 with max_num_seqs=64": dataclasses.replace(
-            p, max_num_batched_tokens=2048, max_num_seqs=64, activation_bytes=None
-        ),
-    } | {
-        f"tensor_parallel_size={t}": dataclasses.replace(
-            p, tensor_parallel_size=t, weight_bytes=None, activation_bytes=None
-        )
-        for t in larger
-    }
-    yield from (text for text, changed in changes.items() if _budget(changed).max_concurrency >= 1)
+    changes: dict[str, dict[str, Any]] = {
+        "kv_cache_dtype='fp8'": {"kv_cache_dtype": "fp8"},
+        "fp8 weights": {"weights": "fp8", "weight_bytes": None},
+        "4-bit weights (w4a16)": {"weights": "w4a16", "weight_bytes": None},
+        "gpu_memory_utilization=0.95": {"gpu_memory_utilization": 0.95},
+        "max_num_batched_tokens=2048 with max_num_seqs=64": {
+            "max_num_batched_tokens": 2048, "max_num_seqs": 64, "activation_bytes": None,
+        },
+        "no kv_cache_memory_bytes": {"kv_cache_memory_bytes": None},
+    }  # fmt: skip
+    small: dict[str, Any] = {"weights": "w4a16", "weight_bytes": None}
+    for text, change in {"": {}, "4-bit weights (w4a16) with ": small}.items():
+        shorter = _longest(dataclasses.replace(p, **change))
+        if MIN_CONTEXT <= shorter < plan.max_model_len:
+            changes[f"{text}max_model_len={shorter}"] = change | {"max_model_len": shorter}
+    for tp in tensor_parallel_sizes(p.shape):
+        if tp > p.tensor_parallel_size:
+            changes[f"tensor_parallel_size={tp}"] = {
+                "tensor_parallel_size": tp, "weight_bytes": None, "activation_bytes": None,
+            }  # fmt: skip
+    larger = sorted((gpu.total_bytes, key) for key, gpu in GPUS.items())
+    fitting = [
+        (f"a GPU of the size of {key}", {"gpu_bytes": size})
+        for size, key in larger
+        if _budget(dataclasses.replace(p, gpu_bytes=size)).fits
+    ]
+    for text, change in [*changes.items(), *fitting[:1]]:
+        if _budget(dataclasses.replace(p, **change)).fits:
+            yield text
 
 
-def _kv_heads(shape: ModelShape, tp: int) -> int:
-    # With more GPUs than kv heads, vLLM keeps copies.
-    return max(1, shape.num_key_value_heads // tp)
-
-
-def _tensors(rows: int, cols: int, scheme: WeightScheme) -> tuple[int, ...]:
-    weights = rows * cols
-    if scheme == "bf16":
-        return (2 * weights,)
-    if scheme == "w4a16":
-        groups = rows * math.ceil(cols / 128)
-        return (weights // 2, 2 * groups, groups // 2)
-    return (weights, 4 * rows)
-
-
-def _allocated(size: int) -> int:
-    # PyTorch takes memory for tensors of 10 MiB and more in pieces of 2 MiB, and gives what is
-    # left of the last piece to nobody else if it is 1 MiB or less.
-    left = -size % (2 * MIB)
-    return size + left if size >= 10 * MIB and left <= MIB else size
+def _longest(p: Placement) -> int:
+    plan = _budget(p)
+    blocks = max(0, plan.available_bytes) // (plan.kv_bytes_per_token * p.block_size)
+    return blocks * p.block_size

@@ -1,5 +1,6 @@
 """What a replica is, whoever runs it: the shapes that batch, serving and engines share."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,4 +80,17 @@ class Replica(Protocol):
 
     async def stop(self) -> None:
         """Abort what runs and free the device. Idempotent."""
+        ...
+
+
+class OnlineReplica(Replica, Protocol):
+    """A replica that has its OpenAI application, to be put behind an HTTP server."""
+
+    app: Any
+    """The ASGI application, once started."""
+    on_finished: Callable[[str, int, int], None] | None
+    """Told of each sequence that the engine finished: its id, prompt and completion tokens."""
+
+    def alive(self) -> bool:
+        """Whether the engine runs; costs microseconds, never blocks."""
         ...

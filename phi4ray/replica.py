@@ -23,7 +23,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import PrometheusStatLogger
-from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 from phi4ray import engine_log
 from phi4ray.config import Endpoint, EngineConfig
@@ -49,6 +49,8 @@ class VllmReplica:
         self.config = config
         self.app: Any = None
         """vLLM's ASGI application, once started."""
+        self.on_finished: Callable[[str, int, int], None] | None = None
+        """Told of each sequence that finished; not with `disable_log_stats`."""
         self._engine: AsyncLLM | None = None
         self._vllm_config: VllmConfig | None = None
         self._stats = SchedulerStats()
@@ -130,10 +132,21 @@ class VllmReplica:
         base = _NoMetrics if self.config.disable_log_stats else PrometheusStatLogger
 
         class LatestStats(base):  # type: ignore[misc, valid-type]
-            def record(self, scheduler_stats: SchedulerStats | None, *args: Any, **kw: Any) -> None:
-                super().record(scheduler_stats, *args, **kw)
+            def record(
+                self,
+                scheduler_stats: SchedulerStats | None,
+                iteration_stats: IterationStats | None,
+                *args: Any,
+                **kw: Any,
+            ) -> None:
+                super().record(scheduler_stats, iteration_stats, *args, **kw)
                 if scheduler_stats is not None:
                     replica._stats = scheduler_stats
+                if iteration_stats is not None and replica.on_finished is not None:
+                    for one in iteration_stats.finished_requests:
+                        replica.on_finished(
+                            one.request_id or "", one.num_prompt_tokens, one.num_generation_tokens
+                        )
 
         return LatestStats
 
@@ -172,8 +185,12 @@ class VllmReplica:
             return refusal("engine_error", reply.text or "empty answer", status=500)
 
     def _check_alive(self, cause: Exception | None = None) -> None:
-        if self._engine is None or self._engine.errored:
+        if not self.alive():
             raise EngineDeadError("the vLLM engine died; its log above says why") from cause
+
+    def alive(self) -> bool:
+        """See `phi4ray.protocol.OnlineReplica.alive`."""
+        return self._engine is not None and not self._engine.errored
 
     def kv(self) -> KVState:
         """See `phi4ray.protocol.Replica.kv`."""

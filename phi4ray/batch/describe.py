@@ -8,7 +8,8 @@ from rich.table import Table
 from phi4ray import memory
 from phi4ray.batch.plan import Plan
 from phi4ray.config import BatchConfig
-from phi4ray.models import shape_of, weight_scheme
+from phi4ray.errors import ConfigError
+from phi4ray.gpus import GIB
 
 CHARS_PER_TOKEN = 4
 """Of English text with a vocabulary of 100,000 tokens: a rule of thumb, and only that."""
@@ -19,16 +20,21 @@ SHOWN_FILES = 5
 def describe_plan(config: BatchConfig, plan: Plan, console: Console, gpu: str | None) -> None:
     """Print files, rows, shards, estimated tokens, and the memory of one replica on a GPU.
 
+    Where memory cannot be planned, that is said and no error.
+
     Raises:
-        ConfigError: the engine cannot fit; the message says what would.
+        ConfigError: the engine certainly cannot fit; the message says what would.
     """
     console.print(_table(f"plan {plan.plan_id}", plan_lines(config, plan)))
     for item in plan.inputs[:SHOWN_FILES]:
         console.print(f"  {item.uri}: {item.rows:,} rows, {item.size:,} bytes")
     if len(plan.inputs) > SHOWN_FILES:
         console.print(f"  and {len(plan.inputs) - SHOWN_FILES:,} more files")
-    lines = memory_lines(config, gpu)
-    console.print(_table(f"memory of one GPU ({gpu})", lines) if lines else _no_memory(config, gpu))
+    reason = not_planned(config, gpu)
+    if reason or gpu is None:
+        console.print(f"memory not planned: {reason}")
+    else:
+        console.print(_table(f"memory of one GPU ({gpu})", memory_lines(config, gpu)))
     console.print("dry run: nothing was written")
 
 
@@ -53,39 +59,45 @@ def plan_lines(config: BatchConfig, plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def memory_lines(config: BatchConfig, gpu: str | None) -> list[tuple[str, str]]:
-    """Where the memory of one GPU goes; nothing where model or card are not known.
+def memory_lines(config: BatchConfig, gpu: str) -> list[tuple[str, str]]:
+    """Where the memory of one GPU goes.
 
     Raises:
-        ConfigError: it does not fit.
+        ConfigError: it cannot be planned (see `not_planned`), or weights and KV cache alone are
+            too large. A lack that rests on estimates is told in a line.
     """
-    engine = config.engine
-    shape = shape_of(engine.model)
-    if shape is None or gpu is None or engine.kind == "fake":
-        return []
-    scheme = weight_scheme(engine.model, engine.quantization)
-    plan = memory.plan_memory(memory.place(engine, shape, memory.GPUS[gpu], scheme))
+    placement = memory.place_engine(config.engine, gpu)
+    certain = memory.cannot_fit(placement)
+    plan = memory.plan_memory(placement) if certain else memory.budget(placement)
     gib = {
         "total": plan.total_bytes,
         "usable": plan.usable_bytes,
-        f"weights ({scheme})": plan.weight_bytes,
+        f"weights ({placement.weights})": plan.weight_bytes,
         "activations": plan.activation_bytes,
         "runtime and CUDA graphs": plan.non_torch_bytes + plan.cuda_graph_bytes,
         "KV cache": plan.kv_cache_bytes,
     }
-    return [
-        *((name, f"{size / memory.GIB:.2f} GiB") for name, size in gib.items()),
+    lines = [
+        *((name, f"{size / GIB:.2f} GiB") for name, size in gib.items()),
         ("KV cache, tokens", f"{plan.kv_cache_size_tokens:,}"),
         (f"requests of {plan.max_model_len:,} tokens at once", f"{plan.max_concurrency:.2f}"),
     ]
+    if not plan.fits:
+        lines.append(("by estimate", memory.why_not(placement)))
+    return lines
 
 
-def _no_memory(config: BatchConfig, gpu: str | None) -> str:
+def not_planned(config: BatchConfig, gpu: str | None) -> str | None:
+    """Why the memory of this job's engine cannot be planned; None if it can."""
     if config.engine.kind == "fake":
-        return "memory: the fake engine needs none"
+        return "the fake engine needs none"
     if gpu is None:
-        return "memory: not planned, for the recipe names no GPU"
-    return f"memory: not planned, for the shape of {config.engine.model!r} is not known here"
+        return "the recipe names no GPU"
+    try:
+        memory.place_engine(config.engine, gpu)
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def _table(title: str, lines: Sequence[tuple[str, str]]) -> Table:

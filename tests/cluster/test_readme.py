@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.batch_infer import ENGINE_FLAGS, JOB_FLAGS, configuration, main, parser
+from jobs.batch_infer import JOB_FLAGS, configuration, main, parser
+from jobs.flags import ENGINE_FLAGS
 from phi4ray.batch.parts import COLUMNS
 from phi4ray.batch.rows import Defaults, Request, to_request
 from phi4ray.config import batch_config, load_yaml

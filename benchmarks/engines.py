@@ -1,0 +1,33 @@
+"""The engine arguments that every benchmark uses, on each kind of machine."""
+
+from pathlib import Path
+from typing import Any
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "max_model_len": 2048,
+        "kv_cache_memory_bytes": 1 << 30,
+        "max_num_seqs": 256,
+        "max_num_batched_tokens": 4096,
+    },
+    "h200": {
+        "load_format": "dummy",
+        "quantization": "fp8",
+        "kv_cache_dtype": "fp8",
+        "max_model_len": 16384,
+        "gpu_memory_utilization": 0.9,
+        "max_num_seqs": 1024,
+        "max_num_batched_tokens": 16384,
+    },
+}
+
+
+def make_model(engine: str, folder: Path) -> str:
+    """The tiny model, or on a GPU the shape of the full one, whose weights vLLM makes up."""
+    from phi4ray.train.tiny import make_dummy_model, make_tiny_model
+
+    if engine == "h200":
+        make_dummy_model(folder, "microsoft/phi-4")
+    else:
+        make_tiny_model(folder)
+    return str(folder)

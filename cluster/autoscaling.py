@@ -1,0 +1,78 @@
+"""Ray Serve's autoscaling hook: `phi4ray.serve.autoscaling` fed with what replicas tell."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
+from ray.util.metrics import Gauge
+
+from phi4ray.serve.autoscaling import AutoscalingPolicyConfig, ReplicaLoad, decide
+
+STATS_S = 1.0
+STATS = ("capacity_tokens", "used_tokens", "queued_tokens")
+
+logger = logging.getLogger("ray.serve")
+
+
+def load_stats(load: ReplicaLoad) -> dict[str, float]:
+    """A replica's load as numbers by name, as `record_autoscaling_stats` gives them."""
+    return dataclasses.asdict(load)
+
+
+class ScaleByTokens:
+    """Serve makes one in its controller, and calls it several times a second.
+
+    Around it Serve keeps the bounds of its own configuration, which are the widest that the
+    schedule ever has, and starts the first replica itself when a request waits for one.
+    """
+
+    def __init__(self, policy: Mapping[str, Any]) -> None:
+        self._config = AutoscalingPolicyConfig.model_validate(policy)
+        self._gauge = Gauge(
+            "phi4ray_desired_replicas", "Replicas that autoscaling wants", ("application",)
+        )
+
+    def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        """How many replicas there should be, and the state for the next call."""
+        stats = context.aggregated_metrics or {}
+        told = [stats.get(name, {}) for name in STATS]
+        loads = [
+            ReplicaLoad(*(float(values.get(replica, 0.0)) for values in told))
+            for replica in context.running_replicas
+            if replica in told[0]
+        ]
+        now = context.target_num_replicas
+        decision = decide(
+            self._config,
+            loads,
+            target=now,
+            # With replicas there, Serve's count is of requests that are on their way to one.
+            held_requests=0.0 if context.running_replicas else context.total_num_requests,
+            now_s=context.current_time,
+            state=context.policy_state,
+        )
+        self._gauge.set(decision.replicas, tags={"application": context.app_name or ""})
+        if decision.replicas != now:
+            # Serve's controller shows warnings and keeps the rest in a file.
+            logger.warning("%d -> %d replicas: %s", now, decision.replicas, decision.reason)
+        return decision.replicas, decision.state
+
+
+def autoscaling_config(policy: AutoscalingPolicyConfig) -> AutoscalingConfig:
+    """Serve's configuration that calls `ScaleByTokens`."""
+    least, most = policy.widest
+    return AutoscalingConfig(
+        min_replicas=least,
+        max_replicas=most,
+        initial_replicas=max(least, 1),
+        metrics_interval_s=STATS_S,
+        look_back_period_s=2 * STATS_S,
+        upscale_delay_s=0,
+        downscale_delay_s=0,
+        policy=AutoscalingPolicy(
+            policy_function="cluster.autoscaling:ScaleByTokens",
+            policy_kwargs={"policy": policy.model_dump(mode="json")},
+        ),
+    )

@@ -1,0 +1,21 @@
+"""What the processes of a cluster need in their environment. Imports nothing of Ray's.
+
+Ray Serve reads these when it is imported: set them where a cluster's nodes are started.
+"""
+
+from collections.abc import Mapping
+
+SERVING: Mapping[str, str] = {
+    # HAProxy in front, and each replica's own HTTP server behind it.
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    # The router looks at the beginning of a prompt.
+    "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
+    "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE": str(256 * 1024),
+    # A replica that dies before the first byte of an answer has answered nobody: ask another,
+    # which HAProxy can do for requests that fit its buffer.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response 503",
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(256 * 1024),
+    # With each change of replicas a new HAProxy takes over; the old one is to finish its streams.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
+}
+"""For clusters that serve online traffic."""

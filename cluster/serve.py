@@ -1,0 +1,162 @@
+"""The Ray Serve application: replicas of one engine, and what stands in front of them.
+
+    client → HAProxy → Phi4Replica (its own HTTP server, on its own port)
+                 └──── RoutePicker: which replica has this prompt's prefix
+
+HAProxy and the direct way to the replicas are Serve's, switched on for a cluster before Ray
+starts by `cluster.environment.SERVING`. Without it Serve's own proxy stands there, and every
+chunk of every stream makes two more hops.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ray import serve
+from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
+from ray.serve.config import RequestRouterConfig
+from ray.serve.schema import LoggingConfig
+
+from cluster.autoscaling import autoscaling_config, load_stats
+from cluster.limits import share_limits
+from cluster.routing import KVRouter, route_picker
+from phi4ray.engines import make_replica
+from phi4ray.errors import EngineDeadError, EngineStartError
+from phi4ray.recipes import find_recipe
+from phi4ray.serve.app import OnlineApp
+from phi4ray.serve.autoscaling import ReplicaLoad
+from phi4ray.serve.config import ServeConfig, serve_config
+from phi4ray.serve.observe import log_to_stderr
+
+# Read in the replica's process only. One event loop for HTTP and engine client: a hop between
+# threads for every chunk of every stream costs more than the chunk.
+_REPLICA_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
+
+logger = logging.getLogger(__name__)
+
+
+@serve.ingress()
+class Phi4Replica:
+    """One vLLM engine behind one HTTP server."""
+
+    async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]
+        log_to_stderr()
+        # Ray allows as many threads as the actor has CPUs; vLLM knows better what it needs.
+        os.environ.pop("OMP_NUM_THREADS", None)
+        self._replica: Any = make_replica(config.engine)
+        await self._replica.start()
+        self._app = OnlineApp(self._replica, config)
+        here = serve.get_replica_context()
+        self._sharing = asyncio.create_task(
+            share_limits(
+                config.name,
+                here.replica_id.unique_id,
+                self._app.gate.limiter,
+                config.autoscaling.widest[1],
+            )
+        )
+
+    def __serve_build_asgi_app__(self) -> OnlineApp:
+        """Serve calls this once, after the constructor."""
+        return self._app
+
+    def check_health(self) -> None:
+        """Serve replaces a replica that raises here.
+
+        Raises:
+            EngineDeadError: the engine died.
+        """
+        if not self._replica.alive():
+            raise EngineDeadError("the vLLM engine died; its log above says why")
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `cluster.autoscaling` decides by."""
+        admission = self._app.admission
+        return load_stats(
+            ReplicaLoad(admission.capacity_tokens, admission.used_tokens, admission.queued_tokens)
+        )
+
+    def record_routing_stats(self) -> dict[str, float]:
+        """What the router weighs."""
+        admission = self._app.admission
+        return {
+            "at_s": time.time(),
+            "capacity_tokens": admission.capacity_tokens,
+            "demand_tokens": admission.used_tokens + admission.queued_tokens,
+        }
+
+
+def application(config: ServeConfig) -> serve.Application:
+    """Bind the deployments of one service."""
+    engine = config.engine
+    ongoing = engine.max_num_seqs + config.admission.max_queued_requests + 1000
+    replicas = serve.deployment(
+        Phi4Replica,
+        name="replica",
+        # Admission bounds what runs and what waits; Serve is not to do so before it.
+        max_ongoing_requests=ongoing,
+        graceful_shutdown_timeout_s=config.drain_timeout_s,
+        health_check_period_s=5,
+        ray_actor_options={
+            "num_cpus": engine.num_cpus,
+            "num_gpus": engine.gpus_per_replica,
+            "runtime_env": {"env_vars": {**_REPLICA_ENVIRONMENT, **engine.env}},
+        },
+        logging_config=LoggingConfig(enable_access_log=False),
+    )
+    least, most = config.autoscaling.widest
+    if least == most:
+        replicas = replicas.options(num_replicas=most)
+    else:
+        replicas = replicas.options(
+            num_replicas="auto", autoscaling_config=autoscaling_config(config.autoscaling)
+        )
+    # One replica needs no choice, and its requests no hop to who makes it.
+    if most == 1:
+        return replicas.bind(config)
+    routed = replicas.options(
+        request_router_config=RequestRouterConfig(
+            request_router_class=KVRouter,
+            request_router_kwargs={"routing": config.routing.model_dump()},
+            request_routing_stats_period_s=config.routing.stats_period_s,
+        )
+    ).bind(config)
+    if RAY_SERVE_ENABLE_HA_PROXY:
+        routed = routed._with_ingress_request_router(route_picker(routed))
+    return routed
+
+
+def app(args: Mapping[str, Any]) -> serve.Application:
+    """Build the application from a Serve config file: `import_path: cluster.serve:app`.
+
+    `args` has the layout of `phi4ray.serve.config.ServeConfig`, and may name a `recipe`.
+
+    Raises:
+        ConfigError: names every field that is wrong.
+    """
+    given = dict(args)
+    recipe = find_recipe(given.pop("recipe")).settings if "recipe" in given else {}
+    return application(serve_config({"engine": recipe.get("engine", {})}, given))
+
+
+@contextlib.contextmanager
+def deployed(config: ServeConfig, host: str, port: int) -> Iterator[None]:
+    """Have the application run inside the block, on the Ray cluster that is connected.
+
+    Raises:
+        EngineStartError: its replicas cannot start.
+    """
+    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
+    try:
+        try:
+            serve.run(application(config), name=config.name, route_prefix="/")
+        except RuntimeError as error:
+            raise EngineStartError(f"the service did not start: {error}") from error
+        yield
+    finally:
+        serve.shutdown()

@@ -1,0 +1,127 @@
+"""Command-line flags that set fields of a configuration, for the jobs that have some."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from phi4ray.config import EngineConfig, load_yaml
+from phi4ray.errors import ConfigError
+from phi4ray.recipes import RECIPES
+
+# Flags that set one field of a configuration each: their names, types and defaults are there.
+Flags = Mapping[str, type]
+
+ENGINE_FLAGS: Flags = {
+    "model": str,
+    "served_model_name": str,
+    "quantization": str,
+    "kv_cache_dtype": str,
+    "load_format": str,
+    "max_model_len": int,
+    "tensor_parallel_size": int,
+    "gpu_memory_utilization": float,
+}
+
+
+def new_parser(program: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser with the flags of every job; what a flag's absence means is in the config models."""
+    parser = argparse.ArgumentParser(
+        program,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument(
+        "--recipe",
+        default=None,
+        choices=sorted(RECIPES),
+        help="a complete configuration to start from",
+    )
+    parser.add_argument(
+        "--config",
+        default=None,
+        metavar="FILE",
+        help="YAML with any of the configuration; flags win over it",
+    )
+    parser.add_argument(
+        "--engine-arg",
+        nargs="+",
+        action="extend",
+        metavar="KEY=VALUE",
+        default=[],
+        help="any argument of `vllm serve` by its Python name, as max_num_seqs=512",
+    )
+    return parser
+
+
+def add_fields(
+    parser: argparse.ArgumentParser, title: str, flags: Flags, model: type[BaseModel]
+) -> None:
+    """Add a flag for each of these fields of a configuration model."""
+    group = parser.add_argument_group(title)
+    for name, kind in flags.items():
+        field = model.model_fields[name]
+        default = "" if field.is_required() or field.default is None else f" [{field.default}]"
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            metavar=kind.__name__.upper(),
+            help=((field.description or "as in `vllm serve`") + default).replace("%", "%%"),
+        )
+
+
+def engine_layer(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The engine's part of a configuration, from the flags that were given.
+
+    Raises:
+        ConfigError: an item of --engine-arg has another form than KEY=VALUE.
+    """
+    given = vars(arguments)
+    engine = {name: given[name] for name in ENGINE_FLAGS if name in given}
+    others: dict[str, Any] = {}
+    for name, value in pairs("--engine-arg", arguments.engine_arg).items():
+        (engine if name in EngineConfig.model_fields else others)[name] = value
+    return engine | ({"engine_args": others} if others else {})
+
+
+def file_layer(path: str | None) -> dict[str, Any]:
+    """What the file of --config holds.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    if path is None:
+        return {}
+    try:
+        return load_yaml(Path(path).read_text("utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} cannot be read: {error}") from error
+
+
+def local_model(engine: EngineConfig) -> EngineConfig:
+    """The engine's configuration with a local model's whole path: workers have another folder."""
+    model = Path(engine.model)
+    return engine.model_copy(update={"model": str(model.resolve())}) if model.is_dir() else engine
+
+
+def pairs(flag: str, items: Sequence[str]) -> dict[str, Any]:
+    """Decode `KEY=VALUE` items; values are YAML, so that numbers, lists and booleans are such.
+
+    Raises:
+        ConfigError: an item has another form.
+    """
+    values = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not key or not equals:
+            raise ConfigError(f"{flag} {item}: write KEY=VALUE")
+        try:
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{flag} {item}: the value is not valid YAML: {error}") from error
+    return values

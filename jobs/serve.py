@@ -1,0 +1,114 @@
+"""Serve a model with an OpenAI API, on Ray Serve.
+
+    python jobs/serve.py --recipe phi4-fp8-h200
+    curl localhost:8000/v1/chat/completions -H 'content-type: application/json' \\
+        -d '{"model": "microsoft/phi-4", "messages": [{"role": "user", "content": "Hello"}]}'
+
+Starts a Ray cluster on this machine, or with RAY_ADDRESS uses that one; runs until interrupted,
+and lets running answers finish then. To leave a service on a cluster, use `serve deploy` with
+`import_path: cluster.serve:app` (see k8s/).
+"""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
+
+from cluster.environment import SERVING
+from jobs.flags import (
+    ENGINE_FLAGS,
+    Flags,
+    add_fields,
+    engine_layer,
+    file_layer,
+    local_model,
+    new_parser,
+)
+from phi4ray.config import EngineConfig
+from phi4ray.errors import ConfigError, Phi4rayError
+from phi4ray.recipes import find_recipe
+from phi4ray.serve.autoscaling import AutoscalingPolicyConfig
+from phi4ray.serve.config import ServeConfig, serve_config
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+SCALING_FLAGS: Flags = {"min_replicas": int, "max_replicas": int}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until SIGINT or SIGTERM; returns the process's exit code."""
+    arguments = parser().parse_args(argv)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    try:
+        config = configuration(arguments)
+        serve(config, arguments.host, arguments.port, console)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Phi4rayError as error:
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def serve(config: ServeConfig, host: str, port: int, console: Console) -> None:
+    """Deploy, say where, wait for a signal, drain and go.
+
+    Raises:
+        EngineStartError: no replica can start.
+    """
+    local = "RAY_ADDRESS" not in os.environ
+    if local:
+        for name, value in SERVING.items():
+            os.environ.setdefault(name, value)
+    # Ray Serve reads the environment when it is imported.
+    from cluster.local import connected
+    from cluster.serve import deployed
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with connected(local=local), deployed(config, host, port):
+        console.print(f"{config.engine.model_name} answers at http://{host}:{port}/v1")
+        if config.gate.keys_file is None:
+            who = "who can reach this machine" if host not in LOCAL else "on this machine"
+            console.print(f"without API keys: to everyone {who}; see gate.keys_file")
+        stop.wait()
+        console.print("stopping; running answers finish first")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    described, _, example = (__doc__ or "").partition("\n\n")
+    result = new_parser("serve.py", described, example)
+    result.add_argument("--host", default="127.0.0.1", help="address to listen on [127.0.0.1]")
+    result.add_argument("--port", type=int, default=8000, help="port to listen on [8000]")
+    add_fields(result, "replicas", SCALING_FLAGS, AutoscalingPolicyConfig)
+    add_fields(result, "engine", ENGINE_FLAGS, EngineConfig)
+    return result
+
+
+def configuration(arguments: argparse.Namespace) -> ServeConfig:
+    """Merge recipe, YAML file and flags, each winning over the one before.
+
+    Raises:
+        ConfigError: names every field that is wrong or missing.
+    """
+    given = vars(arguments)
+    recipe = (
+        {"engine": find_recipe(arguments.recipe).settings["engine"]} if arguments.recipe else {}
+    )
+    scaling = {name: given[name] for name in SCALING_FLAGS if name in given}
+    flags = {"engine": engine_layer(arguments), "autoscaling": scaling}
+    config = serve_config({"engine": recipe.get("engine", {})}, file_layer(arguments.config), flags)
+    return config.model_copy(update={"engine": local_model(config.engine)})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Online serving: what stands around a replica, and the policies of the fleet."""

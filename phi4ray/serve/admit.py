@@ -1,0 +1,121 @@
+"""The ASGI layer before vLLM's application that lets requests in by `phi4ray.serve.admission`."""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from phi4ray.demand import Lengths, max_tokens_of, prompt_of, prompt_token_ids
+from phi4ray.protocol import Json
+from phi4ray.serve import metrics
+from phi4ray.serve.admission import Admission, OverloadedError
+from phi4ray.serve.meter import Meter, Usage
+from phi4ray.serve.paths import GENERATING
+from phi4ray.serve.responses import send_error
+from phi4ray.serve.state import State
+
+
+class Admit:
+    """Holds room in the KV cache around each generating request, or answers 429."""
+
+    def __init__(self, app: ASGIApp, admission: Admission, meter: Meter) -> None:
+        self.app = app
+        self.admission = admission
+        self._meter = meter
+        self._lengths = Lengths()
+
+    def demand(self, path: str, body: Json | None) -> float:
+        """Tokens that a request is expected to hold; 0 for what needs no KV cache."""
+        if path not in GENERATING or body is None:
+            return 0
+        return self._lengths.demand(*_size(body))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection; see the ASGI specification."""
+        state = State.of(scope) if scope["type"] == "http" else None
+        if state is None or state.body is None or scope["path"] not in GENERATING:
+            await self.app(scope, receive, send)
+            return
+        chars, limit, ids = _size(state.body)
+        tokens = self._lengths.demand(chars, limit, ids)
+        waiting = _Waiting(receive)
+        try:
+            async with (
+                # Watching costs a task, which most requests need not pay for.
+                contextlib.nullcontext() if self.admission.has_room(tokens) else waiting.or_gone(),
+                self.admission.admit(tokens, state.priority) as state.queued_s,
+            ):
+                waiting.over()
+                metrics.QUEUE_TIME.observe(state.queued_s)
+                with self._meter.request(state.request_id) as usage:
+                    await self.app(scope, waiting.receive, send)
+                    if state.status == 200 and await usage.settled():
+                        state.usage = usage
+                        self._learn(chars, ids, usage)
+        except OverloadedError as error:
+            metrics.REJECTED.labels("engine_overloaded").inc()
+            await send_error(
+                send,
+                429,
+                "engine_overloaded",
+                str(error),
+                kind="rate_limit_error",
+                headers={"retry-after": str(error.retry_after_s)},
+            )
+
+    def _learn(self, chars: int, ids: int, usage: Usage) -> None:
+        self._lengths.observe(chars, max(0, usage.prompt_tokens - ids), usage.completion_tokens)
+
+
+def _size(body: Json) -> tuple[int, int | None, int]:
+    ids = prompt_token_ids(body)
+    return (0 if ids else len(prompt_of(body))), max_tokens_of(body), ids
+
+
+class _Waiting:
+    """Notices that the client hangs up while its request waits."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._kept: deque[Message] = deque()
+        self._watch: asyncio.Task[None] | None = None
+
+    @contextlib.asynccontextmanager
+    async def or_gone(self) -> AsyncIterator[None]:
+        """End the block quietly when the client is gone before `over` was called."""
+        task = asyncio.current_task()
+        gone = False
+
+        async def watch() -> None:
+            nonlocal gone
+            while True:
+                message = await self._receive()
+                self._kept.append(message)
+                if message["type"] == "http.disconnect":
+                    gone = True
+                    assert task is not None
+                    task.cancel()
+                    return
+
+        self._watch = asyncio.create_task(watch())
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not gone or task is None or task.uncancel():
+                raise
+        finally:
+            self.over()
+
+    def over(self) -> None:
+        """Stop watching: what comes now is for the application."""
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+
+    async def receive(self) -> Message:
+        """The application's `receive`: what came while waiting, then what comes."""
+        if self._kept:
+            return self._kept.popleft()
+        return await self._receive()

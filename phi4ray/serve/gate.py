@@ -1,0 +1,206 @@
+"""The ASGI layer that lets in who may ask, as much as they may, in requests of sane size."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from phi4ray.config import Config
+from phi4ray.protocol import Json
+from phi4ray.serve import metrics
+from phi4ray.serve.limits import Limiter, Refused, Remaining
+from phi4ray.serve.paths import OPEN
+from phi4ray.serve.responses import send_error
+from phi4ray.serve.state import State
+from phi4ray.serve.tenants import KeyRing, Tenant
+
+
+class GateConfig(Config):
+    """Keys and sizes."""
+
+    keys_file: str | None = Field(
+        None, description="YAML with tenants and the digests of their keys; None: all may ask"
+    )
+    reload_interval_s: float = Field(5.0, gt=0, description="How often the file is looked at")
+    max_body_bytes: int = Field(32 * 1024 * 1024, ge=1)
+    max_header_bytes: int = Field(32 * 1024, ge=1, description="Names and values together")
+
+
+class BodyError(Exception):
+    """A body that no layer behind this one should see."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(status, code, message)
+
+
+class Gate:
+    """Checks key, sizes and limits, and decodes the body once for the layers behind it.
+
+    `demand` tells the tokens that a request to a path is expected to use.
+    """
+
+    def __init__(
+        self, app: ASGIApp, config: GateConfig, demand: Callable[[str, Json | None], float]
+    ) -> None:
+        """Read the keys.
+
+        Raises:
+            ConfigError: the keys file cannot be read.
+        """
+        self.app = app
+        self.limiter = Limiter()
+        self._config, self._demand = config, demand
+        self._keys = (
+            KeyRing(Path(config.keys_file), config.reload_interval_s) if config.keys_file else None
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection; see the ASGI specification."""
+        if scope["type"] != "http":
+            if scope["type"] == "websocket" and self._keys is not None:
+                await send({"type": "websocket.close", "code": 1008})
+                return
+            await self.app(scope, receive, send)
+            return
+        refuse = partial(_refuse, send)
+        headers = dict(scope["headers"])
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > (
+            self._config.max_header_bytes
+        ):
+            await refuse(431, "headers_too_large", "the request's headers are too large")
+            return
+        tenant: Tenant | None = None
+        now_s = time.monotonic()
+        if self._keys is not None and scope["path"].rstrip("/") not in OPEN:
+            key = _key(headers)
+            tenant = self._keys.find(key, now_s) if key else None
+            if tenant is None:
+                problem = "is not valid" if key else "is missing: send 'Authorization: Bearer KEY'"
+                await refuse(
+                    401, "invalid_api_key", f"the API key {problem}",
+                    headers={"www-authenticate": "Bearer"},
+                )  # fmt: skip
+                return
+            State.of(scope).tenant = tenant.name
+            if tenant.disabled:
+                await refuse(403, "tenant_disabled", "this API key's owner is disabled")
+                return
+        state = State.of(scope)
+        try:
+            receive = await self._read(scope, headers, receive, state)
+        except BodyError as error:
+            await refuse(*error.args)
+            return
+        if tenant is None:
+            await self.app(scope, receive, send)
+        else:
+            await self._limited(tenant, now_s, scope, receive, send)
+
+    async def _limited(
+        self, tenant: Tenant, now_s: float, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        state = State.of(scope)
+        state.priority = tenant.priority
+        model = state.body.get("model") if state.body else None
+        if tenant.models is not None and model is not None and model not in tenant.models:
+            await _refuse(send, 403, "model_not_allowed", f"this API key may not use {model!r}")
+            return
+        tokens = self._demand(scope["path"], state.body)
+        lease = self.limiter.acquire(tenant, tokens, now_s)
+        left = _left(self.limiter.remaining(tenant, now_s))
+        if isinstance(lease, Refused):
+            await _refuse(
+                send, 429, "rate_limit_exceeded",
+                f"the limit of {lease.limit} is reached; try again in {lease.retry_after_s} s",
+                kind="rate_limit_error",
+                headers={"retry-after": str(lease.retry_after_s), **left},
+            )  # fmt: skip
+            return
+        extra = [(name.encode(), value.encode()) for name, value in left.items()]
+
+        async def with_limits(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), *extra]}
+            await send(message)
+
+        try:
+            await self.app(scope, receive, with_limits)
+        finally:
+            used: float | None = None
+            if state.usage is not None:
+                used = state.usage.prompt_tokens + state.usage.completion_tokens
+            elif state.status >= 400:
+                used = 0.0
+            self.limiter.release(lease, used)
+
+    async def _read(
+        self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, state: State
+    ) -> Receive:
+        """Read the body, put its JSON object into the state; gives a `receive` that replays it."""
+        limit = self._config.max_body_bytes
+        too_large = BodyError(413, "body_too_large", f"a body may have {limit:,} bytes")
+        with contextlib.suppress(ValueError):
+            if int(headers.get(b"content-length", b"0")) > limit:
+                raise too_large
+        if scope["method"] in ("GET", "HEAD", "OPTIONS", "DELETE"):
+            return receive
+        messages: list[Message] = []
+        size = 0
+        while True:
+            message = await receive()
+            messages.append(message)
+            size += len(message.get("body", b""))
+            if size > limit:
+                raise too_large
+            if message["type"] != "http.request" or not message.get("more_body", False):
+                break
+        if b"json" in headers.get(b"content-type", b""):
+            state.body = _json_object(b"".join(m.get("body", b"") for m in messages))
+        messages.reverse()
+
+        async def replay() -> Message:
+            return messages.pop() if messages else await receive()
+
+        return replay
+
+
+async def _refuse(send: Send, status: int, code: str, message: str, **options: Any) -> None:
+    metrics.REJECTED.labels(code).inc()
+    await send_error(send, status, code, message, **options)
+
+
+def _json_object(body: bytes) -> Json | None:
+    try:
+        value = json.loads(body)
+    except ValueError:
+        return None  # vLLM words that refusal
+    except RecursionError:
+        # vLLM's own decoder would fail on it with a server error.
+        raise BodyError(400, "invalid_json", "the body is nested too deeply") from None
+    return value if isinstance(value, dict) else None
+
+
+def _key(headers: Mapping[bytes, bytes]) -> str | None:
+    """The key that a client presents, as OpenAI's clients do, or as Anthropic's."""
+    scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+    if scheme.lower() == "bearer" and key.strip():
+        return key.strip()
+    return headers.get(b"x-api-key", b"").decode("latin-1").strip() or None
+
+
+def _left(remaining: Remaining) -> dict[str, str]:
+    """OpenAI's `x-ratelimit-` headers; resets are seconds until the limit is whole again."""
+    found = {}
+    for name, pair in (("requests", remaining.requests), ("tokens", remaining.tokens)):
+        if pair is not None:
+            limit, left = pair
+            found[f"x-ratelimit-limit-{name}"] = f"{limit:.0f}"
+            found[f"x-ratelimit-remaining-{name}"] = f"{left:.0f}"
+            found[f"x-ratelimit-reset-{name}"] = f"{(limit - left) * 60 / limit:.1f}s"
+    return found

@@ -1,0 +1,159 @@
+"""How much a tenant may ask: requests and tokens a minute, and requests at once. Pure.
+
+Each replica counts for itself, and tells the others now and then what was spent at it: a limit is
+then exceeded by no more than what the replicas admit between two such exchanges.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from phi4ray.serve.tenants import Tenant
+
+
+@dataclass(slots=True)
+class Spent:
+    """What a tenant has used at one replica since the last exchange, and what runs there now."""
+
+    requests: float = 0.0
+    tokens: float = 0.0
+    running: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Which limit is reached, and when there is room again."""
+
+    limit: str
+    retry_after_s: int
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """Holds a minute's worth at most, and is refilled continuously. May be overdrawn."""
+
+    per_minute: float
+    level: float
+    at_s: float
+
+    def refill(self, now_s: float) -> float:
+        earned = max(0.0, now_s - self.at_s) * self.per_minute / 60
+        self.level = min(self.per_minute, self.level + earned)
+        self.at_s = now_s
+        return self.level
+
+    def wait_s(self, amount: float, now_s: float) -> float:
+        """Seconds until so much, or a full bucket if it is more than that, can be taken."""
+        missing = min(amount, self.per_minute) - self.refill(now_s)
+        return max(0.0, missing * 60 / self.per_minute)
+
+
+@dataclass(slots=True)
+class _Account:
+    requests: _Bucket | None
+    tokens: _Bucket | None
+    running: int = 0
+    running_elsewhere: int = 0
+    spent: Spent = field(default_factory=Spent)
+
+
+@dataclass(slots=True)
+class Lease:
+    """An admitted request's place; give it back with `Limiter.release`."""
+
+    tenant: str
+    tokens: float
+
+
+@dataclass(frozen=True, slots=True)
+class Remaining:
+    """What is left to a tenant now, for the `x-ratelimit-` headers; None where no limit is."""
+
+    requests: tuple[float, float] | None
+    """Limit a minute and what is left."""
+    tokens: tuple[float, float] | None
+
+
+class Limiter:
+    """The accounts of all tenants at one replica. Times are seconds of any steady clock."""
+
+    def __init__(self) -> None:
+        self._accounts: dict[str, _Account] = {}
+
+    def acquire(self, tenant: Tenant, tokens: float, now_s: float) -> Lease | Refused:
+        """Take a request and its expected tokens from a tenant's limits, or say what is reached."""
+        account = self._account(tenant, now_s)
+        most = tenant.max_concurrency
+        if most is not None and account.running + account.running_elsewhere >= most:
+            return Refused("concurrency", 1)
+        for limit, bucket, amount in (
+            ("requests", account.requests, 1.0),
+            ("tokens", account.tokens, tokens),
+        ):
+            if bucket is not None and (wait_s := bucket.wait_s(amount, now_s)) > 0:
+                return Refused(limit, max(1, math.ceil(wait_s)))
+        self._spend(account, 1.0, tokens)
+        account.running += 1
+        return Lease(tenant.name, tokens)
+
+    def release(self, lease: Lease, used_tokens: float | None) -> None:
+        """End a request; the tokens that it did not use go back. None: it used what it took."""
+        account = self._accounts[lease.tenant]
+        account.running -= 1
+        if used_tokens is not None:
+            self._spend(account, 0.0, used_tokens - lease.tokens)
+
+    def remaining(self, tenant: Tenant, now_s: float) -> Remaining:
+        """What a tenant may still ask for now."""
+        account = self._account(tenant, now_s)
+        left = [
+            None if bucket is None else (bucket.per_minute, max(0.0, bucket.refill(now_s)))
+            for bucket in (account.requests, account.tokens)
+        ]
+        return Remaining(*left)
+
+    def take_spent(self) -> dict[str, Spent]:
+        """What was spent here since the last call, for the other replicas."""
+        spent = {}
+        for name, account in self._accounts.items():
+            account.spent.running = account.running
+            spent[name], account.spent = account.spent, Spent()
+        return spent
+
+    def absorb(self, elsewhere: Mapping[str, Spent]) -> None:
+        """Count what was spent at the other replicas since the last call."""
+        for name, account in self._accounts.items():
+            spent = elsewhere.get(name, Spent())
+            account.running_elsewhere = spent.running
+            for bucket, amount in (
+                (account.requests, spent.requests),
+                (account.tokens, spent.tokens),
+            ):
+                if bucket is not None:
+                    bucket.level -= amount
+
+    def _account(self, tenant: Tenant, now_s: float) -> _Account:
+        account = self._accounts.get(tenant.name)
+        if account is None:
+            account = self._accounts[tenant.name] = _Account(None, None)
+        account.requests = _bucket(account.requests, tenant.requests_per_minute, now_s)
+        account.tokens = _bucket(account.tokens, tenant.tokens_per_minute, now_s)
+        return account
+
+    def _spend(self, account: _Account, requests: float, tokens: float) -> None:
+        account.spent.requests += requests
+        account.spent.tokens += tokens
+        if account.requests is not None:
+            account.requests.level -= requests
+        if account.tokens is not None:
+            account.tokens.level -= tokens
+
+
+def _bucket(bucket: _Bucket | None, per_minute: float | None, now_s: float) -> _Bucket | None:
+    """The bucket for a limit as the keys file has it now."""
+    if per_minute is None:
+        return None
+    if bucket is None:
+        return _Bucket(per_minute, per_minute, now_s)
+    bucket.per_minute = per_minute
+    return bucket

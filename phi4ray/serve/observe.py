@@ -1,0 +1,95 @@
+"""The outermost ASGI layer: request ids, one log line and the metrics of every request.
+
+The log holds no key, no prompt and no answer.
+"""
+
+import json
+import logging
+import time
+import uuid
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from phi4ray.serve import metrics
+from phi4ray.serve.paths import OPEN
+from phi4ray.serve.state import KEY, State
+
+logger = logging.getLogger("phi4ray.access")
+
+
+def log_to_stderr() -> None:
+    """Have this package's log lines on stderr, from INFO on, whatever the host process does."""
+    package = logging.getLogger("phi4ray")
+    if not package.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(name)s %(message)s"))
+        package.addHandler(handler)
+        package.setLevel(logging.INFO)
+        package.propagate = False
+
+
+class Observe:
+    """Gives each request its `phi4ray.serve.state.State`, and tells what became of it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection; see the ASGI specification."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        state = State(_request_id(scope))
+        scope.setdefault("state", {})[KEY] = state
+        first_byte_s = None
+
+        async def observed(message: Message) -> None:
+            nonlocal first_byte_s
+            if message["type"] == "http.response.start":
+                state.status = message["status"]
+            elif first_byte_s is None and message.get("body"):
+                first_byte_s = time.perf_counter() - began
+            await send(message)
+
+        try:
+            await self.app(scope, receive, observed)
+        finally:
+            self._tell(scope, state, first_byte_s, time.perf_counter() - began)
+
+    def _tell(self, scope: Scope, state: State, first_byte_s: float | None, total_s: float) -> None:
+        path = scope["path"].rstrip("/") or "/"
+        # A client that hung up before its answer began has no status: 499, as nginx says it.
+        status = state.status or 499
+        known = path if path in metrics.PATHS else "other"
+        metrics.REQUESTS.labels(known, str(status), state.tenant or "").inc()
+        if path in OPEN:
+            if status < 400:
+                return
+        else:
+            metrics.DURATION.observe(total_s)
+            if first_byte_s is not None and status == 200:
+                metrics.TTFT.observe(first_byte_s)
+        line = {
+            "request_id": state.request_id,
+            "method": scope["method"],
+            "path": path,
+            "status": status,
+            "tenant": state.tenant,
+            "queued_ms": round(state.queued_s * 1e3, 1),
+            "first_byte_ms": None if first_byte_s is None else round(first_byte_s * 1e3, 1),
+            "total_ms": round(total_s * 1e3, 1),
+            "prompt_tokens": state.usage.prompt_tokens if state.usage else None,
+            "completion_tokens": state.usage.completion_tokens if state.usage else None,
+        }
+        logger.info(json.dumps({name: value for name, value in line.items() if value is not None}))
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's `X-Request-Id`, or a new one, which vLLM then reads from the same header."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            return str(value.decode("latin-1"))
+    request_id = uuid.uuid4().hex
+    scope["headers"] = [*scope["headers"], (b"x-request-id", request_id.encode())]
+    return request_id

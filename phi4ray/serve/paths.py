@@ -1,0 +1,17 @@
+"""Which of vLLM's paths mean what to us."""
+
+from typing import Final
+
+GENERATING: Final = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/inference/v1/generate",
+    }
+)
+"""Paths whose requests hold KV cache while they are answered."""
+
+OPEN: Final = frozenset({"/health", "/ready", "/ping", "/version", "/metrics", "/load"})
+"""Paths that machines ask every few seconds, without a key; logged only when they fail."""

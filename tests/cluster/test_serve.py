@@ -1,0 +1,231 @@
+"""The service as clients see it: `jobs/serve.py` with a real engine, asked by real clients."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis.checks import not_a_server_error
+
+from phi4ray.train.tiny import make_tiny_model
+
+ROOT = Path(__file__).parents[2]
+MODEL = "phi-4"
+pytestmark = [pytest.mark.cluster, pytest.mark.engine, pytest.mark.timeout(600)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where the tiny model is served."""
+    folder = tmp_path_factory.mktemp("serve")
+    model, port = make_tiny_model(folder / "tiny"), free_port()
+    command = [
+        sys.executable, "jobs/serve.py", "--recipe", "tiny-cpu", "--model", str(model),
+        "--served-model-name", MODEL, "--port", str(port), "--max-model-len", "1024",
+        "--engine-arg", "max_num_seqs=16", "tool_call_parser=hermes",
+        "enable_auto_tool_choice=true",
+    ]  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 300
+            while not ready(url):
+                said = (folder / "log").read_text(errors="replace")
+                assert server.poll() is None, said[-5000:]
+                assert time.monotonic() < deadline, said[-5000:]
+                time.sleep(0.5)
+            yield url
+        finally:
+            server.send_signal(signal.SIGINT)
+            assert server.wait(120) == 0, (folder / "log").read_text(errors="replace")[-5000:]
+
+
+def ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def client(base_url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
+
+
+def test_a_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=8)
+    assert answer.object == "chat.completion"
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens <= 8
+
+
+def test_a_streamed_chat_says_what_the_whole_one_says_and_its_usage(
+    client: openai.OpenAI,
+) -> None:
+    asked: dict[str, Any] = {
+        "model": MODEL, "messages": HELLO, "max_tokens": 12, "temperature": 0.0,
+    }  # fmt: skip
+    whole = client.chat.completions.create(**asked)
+    chunks = list(
+        client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage is not None
+    assert whole.usage is not None
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_a_completion_with_echo_and_logprobs(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model=MODEL, prompt="Once upon", max_tokens=3, echo=True, logprobs=2
+    )
+    assert answer.choices[0].text.startswith("Once upon")
+    assert answer.choices[0].logprobs is not None
+    assert answer.choices[0].logprobs.token_logprobs is not None
+
+
+def test_a_completion_of_token_ids(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=MODEL, prompt=[5, 6, 7], max_tokens=3)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == 3
+
+
+def test_structured_output_follows_its_schema(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"answer": {"type": "string", "enum": ["yes", "no"]}},
+        "required": ["answer"],
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=HELLO,
+        max_tokens=64,
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "a", "schema": schema, "strict": True},
+        },
+    )
+    assert json.loads(answer.choices[0].message.content or "")["answer"] in ("yes", "no")
+
+
+def test_a_named_tool_is_called(client: openai.OpenAI) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"unit": {"type": "string", "enum": ["celsius", "kelvin"]}},
+        "required": ["unit"],
+        "additionalProperties": False,
+    }
+    weather: Any = {"name": "weather", "parameters": parameters, "strict": True}
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=HELLO,
+        max_tokens=64,
+        tools=[{"type": "function", "function": weather}],
+        tool_choice={"type": "function", "function": {"name": "weather"}},
+    )
+    (call,) = answer.choices[0].message.tool_calls or ()
+    assert call.type == "function"
+    assert call.function.name == "weather"
+    assert json.loads(call.function.arguments)["unit"] in ("celsius", "kelvin")
+
+
+def test_models_and_tokens(client: openai.OpenAI, base_url: str) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    tokens = httpx.post(f"{base_url}/tokenize", json={"model": MODEL, "prompt": "Hello"}).json()
+    text = httpx.post(
+        f"{base_url}/detokenize", json={"model": MODEL, "tokens": tokens["tokens"]}
+    ).json()
+    assert (tokens["count"], text["prompt"]) == (len(tokens["tokens"]), "Hello")
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({"model": "gpt-5"}, 404),
+        ({"messages": [{"role": "user", "content": "word " * 3000}]}, 400),
+        ({"temperature": "hot"}, 400),
+        ({"messages": []}, 400),
+    ],
+)
+def test_a_bad_request_is_the_clients_error(
+    client: openai.OpenAI, change: dict[str, Any], status: int
+) -> None:
+    with pytest.raises(openai.APIStatusError) as refused:
+        client.chat.completions.create(**{"model": MODEL, "messages": HELLO, **change})
+    assert refused.value.status_code == status
+    assert refused.value.body
+
+
+def metrics(base_url: str) -> dict[str, float]:
+    lines = httpx.get(f"{base_url}/metrics/").text.splitlines()
+    pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, _, value in pairs}
+
+
+def test_a_client_that_hangs_up_frees_its_tokens_at_once(base_url: str) -> None:
+    url = httpx.URL(base_url)
+    body = {"model": MODEL, "prompt": "go on", "max_tokens": 1000, "ignore_eos": True}
+    raw = json.dumps(body | {"stream": True}).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(raw)}\r\n\r\n"
+    )
+    with socket.create_connection((str(url.host), int(url.port or 0))) as connection:
+        connection.sendall(head.encode() + raw)
+        assert connection.recv(64).startswith(b"HTTP/1.1 200")
+        assert metrics(base_url)["phi4ray:admitted_requests"] == 1
+    deadline = time.monotonic() + 2  # a thousand tokens would take longer
+    while metrics(base_url)["phi4ray:admitted_requests"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    while metrics(base_url)['vllm:num_requests_running{engine="0",model_name="phi-4"}']:
+        assert time.monotonic() < deadline + 2
+        time.sleep(0.02)
+
+
+def test_vllms_metrics_and_ours_are_on_one_page(base_url: str, client: openai.OpenAI) -> None:
+    client.completions.create(model=MODEL, prompt="count me", max_tokens=2)
+    found = metrics(base_url)
+    assert found['vllm:generation_tokens_total{engine="0",model_name="phi-4"}'] > 0
+    assert found["phi4ray:kv_capacity_tokens"] > 0
+    assert any(name.startswith("phi4ray:requests_total{") for name in found)
+    assert any(name.startswith("vllm:time_to_first_token_seconds_bucket") for name in found)
+
+
+ASKED_MOST = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
+
+
+@pytest.mark.parametrize("path", ASKED_MOST)
+def test_no_input_makes_a_server_error(path: str, base_url: str) -> None:
+    """Requests that schemathesis makes up from the application's own OpenAPI description."""
+    described = schemathesis.openapi.from_url(f"{base_url}/openapi.json")
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(described[path]["POST"].as_strategy())
+    def ask(case: schemathesis.Case) -> None:
+        case.call_and_validate(base_url=base_url, checks=[not_a_server_error], timeout=60)
+
+    ask()

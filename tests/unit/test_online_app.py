@@ -1,0 +1,279 @@
+"""The layers around a replica's application, with the fake engine: what each request meets."""
+
+import asyncio
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+import yaml
+
+from phi4ray.fake import FakeReplica
+from phi4ray.serve.app import OnlineApp
+from phi4ray.serve.config import serve_config
+from phi4ray.serve.tenants import digest
+
+CHAT = "/v1/chat/completions"
+HELLO = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+
+
+def online(engine: dict[str, Any] | None = None, **settings: Any) -> OnlineApp:
+    config = serve_config(
+        {"engine": {"kind": "fake", "model": "m", "engine_args": engine or {}}, **settings}
+    )
+    return OnlineApp(FakeReplica(config.engine), config)
+
+
+@asynccontextmanager
+async def client_of(app: OnlineApp) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=True)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=transport, base_url="http://phi4") as client:
+        yield client
+
+
+def asked(app: OnlineApp, scenario: Callable[[httpx.AsyncClient], Coroutine[Any, Any, Any]]) -> Any:
+    async def run() -> Any:
+        async with client_of(app) as client:
+            return await scenario(client)
+
+    return asyncio.run(run())
+
+
+def with_keys(folder: Path, **limits: Any) -> dict[str, Any]:
+    tenant = {"name": "acme", "key_sha256": [digest("secret")], **limits}
+    (folder / "keys.yaml").write_text(yaml.safe_dump({"tenants": [tenant]}))
+    return {"gate": {"keys_file": str(folder / "keys.yaml")}}
+
+
+KEY = {"authorization": "Bearer secret"}
+
+
+def test_an_answer_passes_through_whole_and_streamed() -> None:
+    async def scenario(client: httpx.AsyncClient) -> None:
+        whole = (await client.post(CHAT, json=HELLO)).json()
+        streamed = await client.post(CHAT, json=HELLO | {"stream": True})
+        lines = [line for line in streamed.text.splitlines() if line]
+        assert lines[-1] == "data: [DONE]"
+        parts = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+        text = "".join(part["choices"][0]["delta"]["content"] for part in parts)
+        assert text == whole["choices"][0]["message"]["content"]
+
+    asked(online(), scenario)
+
+
+def test_over_capacity_a_request_waits_and_then_gets_429_with_retry_after() -> None:
+    app = online(
+        {"latency_s": 0.5, "kv_cache_size_tokens": 100}, admission={"queue_timeout_s": 0.1}
+    )
+
+    async def scenario(client: httpx.AsyncClient) -> list[httpx.Response]:
+        body = HELLO | {"max_tokens": 90}
+        return list(await asyncio.gather(*(client.post(CHAT, json=body) for _ in range(3))))
+
+    answers = asked(app, scenario)
+    assert sorted(answer.status_code for answer in answers) == [200, 429, 429]
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert refused.json()["error"]["code"] == "engine_overloaded"
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+
+
+def test_what_needs_no_kv_cache_does_not_wait() -> None:
+    app = online({"latency_s": 0.5, "kv_cache_size_tokens": 10})
+
+    async def scenario(client: httpx.AsyncClient) -> None:
+        busy = asyncio.create_task(client.post(CHAT, json=HELLO))
+        await asyncio.sleep(0.1)
+        assert app.admission.running == 1
+        assert (await client.get("/v1/models")).status_code == 200
+        assert (await client.get("/ready")).status_code == 200
+        await busy
+        assert app.admission.running == 0
+
+    asked(app, scenario)
+
+
+def test_a_dead_engine_is_alive_to_nobody() -> None:
+    app = online({"die_after": 1})
+
+    async def scenario(client: httpx.AsyncClient) -> list[int]:
+        await client.post(CHAT, json=HELLO)
+        return [(await client.get("/ready")).status_code]
+
+    assert asked(app, scenario) == [503]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "code"),
+    [
+        ({}, 401, "invalid_api_key"),
+        ({"authorization": "Bearer wrong"}, 401, "invalid_api_key"),
+        ({"authorization": "Basic secret"}, 401, "invalid_api_key"),
+        (KEY, 200, None),
+        ({"authorization": "bearer  secret "}, 200, None),
+        ({"x-api-key": "secret"}, 200, None),
+    ],
+)
+def test_keys(tmp_path: Path, headers: dict[str, str], status: int, code: str | None) -> None:
+    async def scenario(client: httpx.AsyncClient) -> httpx.Response:
+        return await client.post(CHAT, json=HELLO, headers=headers)
+
+    answer = asked(online(**with_keys(tmp_path)), scenario)
+    assert answer.status_code == status
+    assert answer.json().get("error", {}).get("code") == code
+
+
+def test_health_and_metrics_need_no_key(tmp_path: Path) -> None:
+    async def scenario(client: httpx.AsyncClient) -> list[int]:
+        return [(await client.get(path)).status_code for path in ("/health", "/ready")]
+
+    assert asked(online(**with_keys(tmp_path)), scenario) == [200, 200]
+
+
+@pytest.mark.parametrize(
+    ("limits", "status", "code"),
+    [
+        ({"disabled": True}, 403, "tenant_disabled"),
+        ({"models": ["other"]}, 403, "model_not_allowed"),
+        ({"models": ["m"]}, 200, None),
+        ({"requests_per_minute": 0.5}, 429, "rate_limit_exceeded"),
+    ],
+)
+def test_what_a_tenant_may_not(
+    tmp_path: Path, limits: dict[str, Any], status: int, code: str | None
+) -> None:
+    async def scenario(client: httpx.AsyncClient) -> httpx.Response:
+        await client.post(CHAT, json=HELLO, headers=KEY)
+        return await client.post(CHAT, json=HELLO, headers=KEY)
+
+    answer = asked(online(**with_keys(tmp_path, **limits)), scenario)
+    assert answer.status_code == status
+    assert answer.json().get("error", {}).get("code") == code
+    if status == 429:
+        assert int(answer.headers["retry-after"]) > 1
+
+
+def test_tokens_that_were_not_used_are_given_back(tmp_path: Path) -> None:
+    app = online(**with_keys(tmp_path, tokens_per_minute=10_000))
+
+    async def scenario(client: httpx.AsyncClient) -> httpx.Response:
+        await client.post(CHAT, json=HELLO | {"max_tokens": 400}, headers=KEY)
+        return await client.post(CHAT, json=HELLO | {"max_tokens": 400}, headers=KEY)
+
+    answer = asked(app, scenario)
+    assert answer.headers["x-ratelimit-limit-tokens"] == "10000"
+    # Five tokens of the first, and the four hundred that the second may use.
+    assert 9500 < int(answer.headers["x-ratelimit-remaining-tokens"]) < 9700
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "code"),
+    [
+        ({"json": HELLO | {"user": "x" * 2000}}, 413, "body_too_large"),
+        ({"json": HELLO, "headers": {"x-long": "y" * 2000}}, 431, "headers_too_large"),
+    ],
+)
+def test_sizes(request_: dict[str, Any], status: int, code: str) -> None:
+    async def scenario(client: httpx.AsyncClient) -> httpx.Response:
+        return await client.post(CHAT, **request_)
+
+    answer = asked(online(gate={"max_body_bytes": 1000, "max_header_bytes": 1000}), scenario)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b"\xff", b"[" * 100_000, b""])
+def test_a_body_that_is_no_json_object_is_the_applications_to_refuse(body: bytes) -> None:
+    async def scenario(client: httpx.AsyncClient) -> int:
+        headers = {"content-type": "application/json"}
+        return (await client.post(CHAT, content=body, headers=headers)).status_code
+
+    assert asked(online(), scenario) == 400
+
+
+def test_the_log_has_a_line_a_request_and_no_secrets(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(client: httpx.AsyncClient) -> str:
+        with caplog.at_level(logging.INFO, "phi4ray.access"):
+            answer = await client.post(CHAT, json=HELLO, headers=KEY | {"x-request-id": "abc"})
+            await client.get("/ready")
+        return str(answer.json()["choices"][0]["message"]["content"])
+
+    text = asked(online(**with_keys(tmp_path)), scenario)
+    (record,) = caplog.records
+    line = json.loads(record.getMessage())
+    assert (line["request_id"], line["tenant"], line["status"]) == ("abc", "acme", 200)
+    assert (line["prompt_tokens"], line["completion_tokens"]) == (1, 4)
+    for secret in ("secret", "hello", text):
+        assert secret not in record.getMessage()
+
+
+@contextmanager
+def listening(app: OnlineApp) -> Iterator[int]:
+    """Run the application in a real HTTP server; gives its port."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))  # type: ignore[arg-type]
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield int(server.servers[0].sockets[0].getsockname()[1])
+    server.should_exit = True
+    thread.join()
+
+
+def send_chat(port: int, **body: Any) -> socket.socket:
+    raw = json.dumps(HELLO | body).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.sendall(f"{head}content-length: {len(raw)}\r\n\r\n".encode() + raw)
+    return connection
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_client_that_hangs_up_frees_its_tokens_or_its_place_in_the_queue() -> None:
+    app = online({"latency_s": 2, "kv_cache_size_tokens": 100})
+    with listening(app) as port:
+        running = send_chat(port, max_tokens=90)
+        wait_for(lambda: app.admission.running == 1)
+        waiting = send_chat(port, max_tokens=90)
+        wait_for(lambda: app.admission.queued == 1)
+        waiting.close()
+        wait_for(lambda: app.admission.queued == 0)
+        assert app.admission.running == 1
+        running.close()
+
+
+def test_a_stream_that_is_given_up_frees_its_tokens() -> None:
+    app = online({"chunk_s": 0.2})
+    with listening(app) as port:
+        stream = send_chat(port, stream=True)
+        assert stream.recv(16).startswith(b"HTTP/1.1 200")
+        assert app.admission.running == 1
+        stream.close()
+        wait_for(lambda: app.admission.running == 0)
+
+
+def test_a_body_that_grows_too_large_is_cut_off_while_it_comes() -> None:
+    app = online(gate={"max_body_bytes": 1000})
+    with listening(app) as port:
+        connection = socket.create_connection(("127.0.0.1", port))
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+        connection.sendall(head.encode())
+        for _ in range(3):
+            connection.sendall(b"1f4\r\n" + b"x" * 500 + b"\r\n")
+        assert connection.recv(64).startswith(b"HTTP/1.1 413")
+        connection.close()
