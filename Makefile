@@ -10,7 +10,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export VLLM_NO_USAGE_STATS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check lint format clean
+.PHONY: help venv demo serve test check lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,11 @@ $(READY): pyproject.toml tools/setup.py
 
 demo: $(READY) ## everything on this machine, without a GPU
 	@$(BIN)/python -m jobs.demo
+
+serve: $(READY) ## the tiny model with an OpenAI API on this machine, without a GPU
+	@$(BIN)/python -m phi4ray.train.tiny .demo/tiny-phi-4
+	@$(BIN)/python -m jobs.serve --recipe tiny-cpu --model .demo/tiny-phi-4 \
+		--served-model-name microsoft/phi-4
 
 test: lint ## lint and all tests
 	@$(BIN)/python -m pytest

@@ -26,7 +26,6 @@ from cluster.limits import share_limits
 from cluster.routing import KVRouter, route_picker
 from phi4ray.engines import make_replica
 from phi4ray.errors import EngineDeadError, EngineStartError
-from phi4ray.recipes import find_recipe
 from phi4ray.serve.app import OnlineApp
 from phi4ray.serve.autoscaling import ReplicaLoad
 from phi4ray.serve.config import ServeConfig, serve_config
@@ -133,14 +132,12 @@ def application(config: ServeConfig) -> serve.Application:
 def app(args: Mapping[str, Any]) -> serve.Application:
     """Build the application from a Serve config file: `import_path: cluster.serve:app`.
 
-    `args` has the layout of `phi4ray.serve.config.ServeConfig`, and may name a `recipe`.
+    `args` are what `phi4ray.serve.config.serve_config` takes.
 
     Raises:
         ConfigError: names every field that is wrong.
     """
-    given = dict(args)
-    recipe = find_recipe(given.pop("recipe")).settings if "recipe" in given else {}
-    return application(serve_config({"engine": recipe.get("engine", {})}, given))
+    return application(serve_config(args))
 
 
 @contextlib.contextmanager

@@ -33,7 +33,6 @@ from jobs.flags import (
 )
 from phi4ray.config import EngineConfig
 from phi4ray.errors import ConfigError, Phi4rayError
-from phi4ray.recipes import find_recipe
 from phi4ray.serve.autoscaling import AutoscalingPolicyConfig
 from phi4ray.serve.config import ServeConfig, serve_config
 
@@ -101,12 +100,10 @@ def configuration(arguments: argparse.Namespace) -> ServeConfig:
         ConfigError: names every field that is wrong or missing.
     """
     given = vars(arguments)
-    recipe = (
-        {"engine": find_recipe(arguments.recipe).settings["engine"]} if arguments.recipe else {}
-    )
+    recipe = {"recipe": arguments.recipe} if arguments.recipe else {}
     scaling = {name: given[name] for name in SCALING_FLAGS if name in given}
     flags = {"engine": engine_layer(arguments), "autoscaling": scaling}
-    config = serve_config({"engine": recipe.get("engine", {})}, file_layer(arguments.config), flags)
+    config = serve_config(file_layer(arguments.config), recipe, flags)
     return config.model_copy(update={"engine": local_model(config.engine)})
 
 

@@ -19,6 +19,7 @@ from phi4ray.errors import ConfigError, Phi4rayError
 from phi4ray.footprint import kv_bytes_per_token, tensor_parallel_sizes
 from phi4ray.gpus import GIB, GPUS
 from phi4ray.models import CATALOGUE, CatalogueEntry
+from phi4ray.serve.tenants import new_key
 from phi4ray.sizing import Sizing, SizingRequest, size
 
 app = typer.Typer(
@@ -113,6 +114,15 @@ def plan(
     if sizing.problem is not None:
         typer.echo(f"error: {sizing.problem}", err=True)
         raise typer.Exit(1)
+
+
+@app.command()
+def key(name: Annotated[str, typer.Argument(help="whose key it is")]) -> None:
+    """Make an API key; prints it once, and what goes into the keys file."""
+    secret, digest = new_key()
+    _console().print(f"key, for {name} only: {secret}")
+    _console().print("for gate.keys_file, below `tenants:`")
+    _console().print(f'- {{name: "{name}", key_sha256: ["{digest}"]}}')
 
 
 def model_facts(entry: CatalogueEntry) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from typing import Any
 
 from pydantic import Field
 
-from phi4ray.config import Config, EngineConfig, validated
+from phi4ray.config import Config, EngineConfig, merge, validated
+from phi4ray.recipes import find_recipe
 from phi4ray.serve.admission import AdmissionConfig
 from phi4ray.serve.autoscaling import AutoscalingPolicyConfig
 from phi4ray.serve.gate import GateConfig
@@ -27,10 +28,16 @@ class ServeConfig(Config):
 
 
 def serve_config(*layers: Mapping[str, Any]) -> ServeConfig:
-    """Validate merged layers (recipe, YAML file, flags) into a `ServeConfig`.
+    """Validate merged layers (YAML file, flags) into a `ServeConfig`.
+
+    `recipe`, in any layer, names the recipe whose engine is below them all.
 
     Raises:
         ConfigError: names every field that is wrong.
     """
+    given = merge(*layers)
+    recipe = given.pop("recipe", None)
+    engine = find_recipe(recipe).settings["engine"] if recipe else {}
     # A server is watched: vLLM's metrics are on unless a layer says otherwise.
-    return validated(ServeConfig, {"engine": {"disable_log_stats": False}}, *layers)
+    watched = {"disable_log_stats": False}
+    return validated(ServeConfig, {"engine": watched}, {"engine": engine}, given)

@@ -1,6 +1,7 @@
 """The service as clients see it: `jobs/serve.py` with a real engine, asked by real clients."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -213,6 +214,20 @@ def test_vllms_metrics_and_ours_are_on_one_page(base_url: str, client: openai.Op
     assert found["phi4ray:kv_capacity_tokens"] > 0
     assert any(name.startswith("phi4ray:requests_total{") for name in found)
     assert any(name.startswith("vllm:time_to_first_token_seconds_bucket") for name in found)
+
+
+def test_the_readmes_examples_work(base_url: str) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    ours = {"http://localhost:8000": base_url, "microsoft/phi-4": MODEL}
+    for language, program in (("python", [sys.executable, "-c"]), ("sh", ["sh", "-c"])):
+        blocks = re.findall(rf"^```{language}\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
+        (script,) = [block for block in blocks if "localhost:8000" in block]
+        for theirs, mine in ours.items():
+            script = script.replace(theirs, mine)
+        done = subprocess.run([*program, script], capture_output=True, text=True, check=True)
+        assert done.stdout.strip()
+        if language == "sh":
+            assert json.loads(done.stdout)["object"] == "chat.completion"
 
 
 ASKED_MOST = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")

@@ -9,6 +9,7 @@ from typer.testing import CliRunner, Result
 
 from phi4ray.cli import app
 from phi4ray.models import CATALOGUE
+from phi4ray.serve.tenants import digest, parse
 
 H200 = ("--model", "microsoft/phi-4", "--gpu", "h200", "--quantization", "fp8",
         "--kv-cache-dtype", "fp8", "--context", "16384")  # fmt: skip
@@ -151,3 +152,14 @@ def test_bad_arguments_exit_2_and_are_named(arguments: tuple[str, ...], told: st
     refused = run("plan", *arguments)
     assert refused.exit_code == 2
     assert told in " ".join(refused.stderr.split())
+
+
+# keys
+
+
+def test_a_key_is_shown_once_and_its_digest_fits_the_keys_file() -> None:
+    shown = run("key", "acme").stdout.splitlines()
+    secret = shown[0].rpartition(" ")[2]
+    keys = parse("tenants:\n" + shown[-1], "keys.yaml")
+    assert keys.tenants[0].name == "acme"
+    assert keys.tenants[0].key_sha256 == (digest(secret),)

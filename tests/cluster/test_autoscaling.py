@@ -1,0 +1,117 @@
+"""Two real engines come and go under real load, and no request fails for it."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from phi4ray.train.tiny import make_tiny_model
+
+ROOT = Path(__file__).parents[2]
+PORT = 8188
+pytestmark = [pytest.mark.cluster, pytest.mark.engine, pytest.mark.timeout(600)]
+
+# In a process of its own, because Ray Serve reads its environment when it is imported.
+OPERATOR = """
+import os, sys, time
+from cluster.environment import SERVING
+os.environ |= SERVING | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2"}
+from ray import serve
+from cluster.local import connected
+from cluster.serve import deployed
+from phi4ray.serve.config import serve_config
+
+config = serve_config({
+    "recipe": "tiny-cpu",
+    "engine": {"model": sys.argv[2], "served_model_name": "phi-4", "max_model_len": 1024,
+               "max_num_seqs": 32, "kv_cache_memory_bytes": 1 << 26},
+    "autoscaling": {"min_replicas": 1, "max_replicas": 2, "target_occupancy": 0.02,
+                    "downscale_delay_s": 5},
+    "drain_timeout_s": 30,
+})
+with connected(num_cpus=4), deployed(config, "127.0.0.1", int(sys.argv[1])):
+    while True:
+        app = serve.status().applications["phi4"]
+        print("replicas", app.deployments["replica"].replica_states.get("RUNNING", 0), flush=True)
+        if sys.stdin.readline() == "":
+            break
+"""
+
+
+class Service:
+    def __init__(self, model: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", OPERATOR, str(PORT), str(model)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+        )
+
+    def replicas(self) -> int:
+        """How many run now."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("replicas "):
+                assert self._process.stdin is not None
+                self._process.stdin.write("\n")
+                self._process.stdin.flush()
+                return int(line.split()[1])
+        raise AssertionError("the service ended")
+
+    def wait_for(self, replicas: int, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self.replicas() != replicas:
+            assert time.monotonic() < deadline, f"never {replicas} replicas"
+            time.sleep(0.5)
+
+    def stop(self) -> None:
+        try:
+            self._process.communicate(timeout=60)  # closes its stdin, which ends it
+        finally:
+            self._process.kill()
+
+
+async def load(stop: asyncio.Event, outcomes: list[str]) -> None:
+    """Forty clients, each with one streamed answer after the other."""
+    body = {"model": "phi-4", "prompt": "Once upon a time", "max_tokens": 100, "stream": True}
+    raw = json.dumps(body | {"ignore_eos": True}).encode()
+    headers = {"content-type": "application/json"}
+
+    async def client(http: httpx.AsyncClient) -> None:
+        while not stop.is_set():
+            async with http.stream("POST", "/v1/completions", content=raw, headers=headers) as s:
+                last = [line async for line in s.aiter_lines() if line][-1]
+            outcomes.append("ok" if s.is_success and last == "data: [DONE]" else f"{s} {last}")
+
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{PORT}", timeout=120) as http:
+        await asyncio.gather(*(client(http) for _ in range(40)))
+
+
+def test_replicas_come_with_load_and_go_without_it(tmp_path: Path) -> None:
+    service = Service(make_tiny_model(tmp_path / "tiny"))
+    outcomes: list[str] = []
+
+    async def under_load() -> None:
+        stop = asyncio.Event()
+        clients = asyncio.create_task(load(stop, outcomes))
+        await asyncio.to_thread(service.wait_for, 2, 240)
+        await asyncio.sleep(5)  # both answer
+        stop.set()
+        await clients
+
+    try:
+        service.wait_for(1, 240)
+        asyncio.run(under_load())
+        service.wait_for(1, 120)
+    finally:
+        service.stop()
+    assert len(outcomes) > 40
+    assert set(outcomes) == {"ok"}
