@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--groups", type=int, default=24, help="system prompts [24]")
+    parser.add_argument("--groups", type=int, default=64, help="system prompts [64]")
     parser.add_argument("--requests", type=int, default=600, help="[600]")
     parser.add_argument("--concurrency", type=int, default=8, help="[8]")
     arguments = parser.parse_args()
@@ -64,7 +64,7 @@ def measure(model: str, arguments: argparse.Namespace, aware: bool) -> dict[str,
             "recipe": "tiny-cpu",
             "engine": {
                 "model": model, "served_model_name": "phi-4", "max_model_len": 2048,
-                "max_num_seqs": 64, "engine_args": {"num_gpu_blocks_override": 500},
+                "max_num_seqs": 64, "engine_args": {"num_gpu_blocks_override": 200},
             },
             "autoscaling": {"min_replicas": 2, "max_replicas": 2},
             "routing": {"prefix_aware": aware},
@@ -124,10 +124,11 @@ def counters() -> dict[str, float]:
 
     controller = serve.context._get_global_client()._controller
     groups = ray.get(controller.get_target_groups.remote(app_name="phi4"))
-    targets = {(t.ip, t.port) for group in groups for t in group.targets}
+    # They listen where the service was told to, whatever address their node has.
+    ports = {target.port for group in groups for target in group.targets}
     total = {"hits": 0.0, "queries": 0.0}
-    for ip, port in targets:
-        for line in httpx.get(f"http://{ip}:{port}/metrics/").text.splitlines():
+    for port in ports:
+        for line in httpx.get(f"http://127.0.0.1:{port}/metrics/").text.splitlines():
             for name in total:
                 if line.startswith(f"vllm:prefix_cache_{name}_total{{"):
                     total[name] += float(line.rpartition(" ")[2])

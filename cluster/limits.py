@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping
 
 import ray
@@ -57,6 +58,7 @@ async def share_limits(application: str, replica: str, limiter: Limiter, replica
         await asyncio.sleep(EXCHANGE_S)
         spent = limiter.take_spent()
         try:
-            limiter.absorb(await board.exchange.remote(replica, spent, replicas))
+            heard = await board.exchange.remote(replica, spent, replicas)
+            limiter.absorb(heard, time.monotonic())
         except ray.exceptions.RayActorError:
             logger.warning("limits are counted at each replica alone until their actor is back")

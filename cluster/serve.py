@@ -35,6 +35,8 @@ from phi4ray.serve.observe import log_to_stderr
 # threads for every chunk of every stream costs more than the chunk.
 _REPLICA_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
 
+ENGINE_LOOK_S = 0.25
+
 logger = logging.getLogger(__name__)
 
 
@@ -50,6 +52,7 @@ class Phi4Replica:
         await self._replica.start()
         self._app = OnlineApp(self._replica, config)
         here = serve.get_replica_context()
+        self._watch = asyncio.create_task(self._exit_with_the_engine())
         self._sharing = asyncio.create_task(
             share_limits(
                 config.name,
@@ -58,6 +61,14 @@ class Phi4Replica:
                 config.autoscaling.widest[1],
             )
         )
+
+    async def _exit_with_the_engine(self) -> None:
+        # Serve notices a dead process at once, and an unhealthy replica after three looks.
+        while self._replica.alive():
+            await asyncio.sleep(ENGINE_LOOK_S)
+        logger.error("the vLLM engine died; its log above says why. Serve starts another replica")
+        await asyncio.sleep(1.0)  # until all that were waiting for it are told
+        os._exit(1)
 
     def __serve_build_asgi_app__(self) -> OnlineApp:
         """Serve calls this once, after the constructor."""

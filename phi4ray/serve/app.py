@@ -1,11 +1,11 @@
 """The online door of a replica: vLLM's application with what a service needs around it.
 
-    HTTP → Observe (ids, log, metrics) → Gate (keys, limits) → Admit (KV tokens) → vLLM's app
+    HTTP → Observe (ids, log, metrics) → Gate (keys, limits) → Admit (KV tokens) → Alive → vLLM
 
 Each layer is plain ASGI: vLLM's answers, streams included, pass through untouched.
 """
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phi4ray.protocol import OnlineReplica
 from phi4ray.serve import metrics
@@ -31,7 +31,7 @@ class OnlineApp:
             max_num_seqs=kv.max_num_seqs,
         )
         metrics.watch(self.admission)
-        admit = Admit(Ready(replica.app, replica), self.admission, meter)
+        admit = Admit(Alive(replica.app, replica), self.admission, meter)
         self.gate = Gate(admit, config.gate, admit.demand)
         self._app: ASGIApp = Observe(self.gate)
 
@@ -40,8 +40,12 @@ class OnlineApp:
         await self._app(scope, receive, send)
 
 
-class Ready:
-    """Answers `/ready`: whether the engine is up. `/health` is vLLM's own."""
+class Alive:
+    """Speaks for the engine's life: `/ready`, and 503 instead of a dead engine's last words.
+
+    A proxy in front may give a request that got 503 to another replica (see
+    `cluster.environment`), and OpenAI's clients try it again. `/health` is vLLM's own.
+    """
 
     def __init__(self, app: ASGIApp, replica: OnlineReplica) -> None:
         self.app = app
@@ -49,13 +53,39 @@ class Ready:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection; see the ASGI specification."""
-        if scope["type"] != "http" or scope["path"] != "/ready":
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
-        elif self._replica.alive():
+        elif not self._replica.alive():
+            await _dead(send)
+        elif scope["path"] == "/ready":
             await send({"type": "http.response.start", "status": 200, "headers": []})
             await send({"type": "http.response.body", "body": b""})
         else:
-            await send_error(
-                send, 503, "engine_dead", "the engine died; the replica is being replaced",
-                kind="server_error",
-            )  # fmt: skip
+            await self._watched(scope, receive, send)
+
+    async def _watched(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = died = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started, died
+            if not started and message["type"] == "http.response.start":
+                died = message["status"] >= 500 and not self._replica.alive()
+                started = True
+                if died:
+                    await _dead(send)
+            if not died:
+                await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except Exception:
+            if started or self._replica.alive():
+                raise
+            await _dead(send)
+
+
+async def _dead(send: Send) -> None:
+    await send_error(
+        send, 503, "engine_dead", "the engine died and is being replaced: try again",
+        kind="server_error", headers={"retry-after": "1"},
+    )  # fmt: skip

@@ -3,12 +3,12 @@
 import hashlib
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated
 
 import yaml
-from pydantic import Field, StringConstraints, ValidationError, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from phi4ray.config import Config
 from phi4ray.errors import ConfigError
@@ -36,6 +36,9 @@ class Tenant(Config):
 class Tenants(Config):
     """The contents of a keys file."""
 
+    # A key that was put where its digest belongs must not come back in a traceback.
+    model_config = ConfigDict(hide_input_in_errors=True)
+
     tenants: tuple[Tenant, ...]
 
     @model_validator(mode="after")
@@ -56,11 +59,18 @@ def parse(text: str, source: str) -> Tenants:
     """
     try:
         return Tenants.model_validate(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        # Without the line itself, and without the cause that quotes it: it may hold a key.
+        mark = error.problem_mark
+        at = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{source} is not valid YAML: {error.problem}{at}") from None
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()]
         raise ConfigError(f"{source} is no keys file:\n" + "\n".join(lines)) from error
+    except RecursionError:
+        raise ConfigError(f"{source} is not valid YAML: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a mere ValueError
+        raise ConfigError(f"{source} is not valid YAML: {error}") from error
 
 
 def digest(key: str) -> str:
@@ -85,7 +95,10 @@ class KeyRing:
         """
         self._path, self._interval_s = path, reload_interval_s
         self._seen = self._read()
-        self._by_digest = self._index(self._seen)
+        self.tenants = parse(self._seen, str(path)).tenants
+        """All of them; another tuple once the file was read again."""
+        self._by_digest = _by_digest(self.tenants)
+        self._unreadable: str | None = None
         self._next_look_s = 0.0
 
     def find(self, key: str, now_s: float) -> Tenant | None:
@@ -101,19 +114,27 @@ class KeyRing:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"keys_file {self._path} cannot be read: {error}") from error
 
-    def _index(self, text: str) -> Mapping[str, Tenant]:
-        found = parse(text, str(self._path))
-        return {one: tenant for tenant in found.tenants for one in tenant.key_sha256}
-
     def _reload(self) -> None:
         # Kubernetes swaps a secret's files by a link: their contents tell, not their times.
         try:
             text = self._read()
-            if text == self._seen:
-                return
-            self._seen = text
-            self._by_digest = self._index(text)
+        except ConfigError as error:
+            if str(error) != self._unreadable:
+                self._unreadable = str(error)
+                logger.error("the old API keys stay valid: %s", error)
+            return
+        self._unreadable = None
+        if text == self._seen:
+            return
+        self._seen = text
+        try:
+            self.tenants = parse(text, str(self._path)).tenants
         except ConfigError as error:
             logger.error("the old API keys stay valid: %s", error)
-        else:
-            logger.info("read API keys of %d tenants again", len(set(self._by_digest.values())))
+            return
+        self._by_digest = _by_digest(self.tenants)
+        logger.info("read API keys of %d tenants again", len(self.tenants))
+
+
+def _by_digest(tenants: Iterable[Tenant]) -> Mapping[str, Tenant]:
+    return {one: tenant for tenant in tenants for one in tenant.key_sha256}

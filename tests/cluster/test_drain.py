@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +46,7 @@ with connected(num_cpus=4):
 """
 
 
-async def load(url: str, outcomes: Counter[str]) -> None:
+async def load(url: str, outcomes: Counter[str], requests: int, streams: bool) -> None:
     """Chats, every second one streamed; counts `ok` and what else became of them."""
     places = asyncio.Semaphore(AT_ONCE)
 
@@ -54,16 +57,16 @@ async def load(url: str, outcomes: Counter[str]) -> None:
         async def one(number: int) -> None:
             async with places:
                 try:
-                    outcomes[await ask(client, number)] += 1
+                    outcomes[await ask(client, number, streams)] += 1
                 except httpx.HTTPError as error:
                     outcomes[repr(error)] += 1
 
-        await asyncio.gather(*(one(number) for number in range(REQUESTS)))
+        await asyncio.gather(*(one(number) for number in range(requests)))
 
 
-async def ask(client: httpx.AsyncClient, number: int) -> str:
+async def ask(client: httpx.AsyncClient, number: int, streams: bool) -> str:
     body = {"model": "m", "messages": [{"role": "user", "content": f"{number}"}]}
-    if number % 2:
+    if number % 2 or not streams:
         answer = await client.post("/v1/chat/completions", json=body)
         return "ok" if answer.is_success else f"{answer.status_code} {answer.text}"
     body["stream"] = True
@@ -78,41 +81,72 @@ async def ask(client: httpx.AsyncClient, number: int) -> str:
     return "ok" if text.startswith("fake:") and len(text) == 21 else f"the answer {text!r}"
 
 
-def test_no_request_fails_while_replicas_leave_and_are_replaced() -> None:
-    port = 8187
-    outcomes: Counter[str] = Counter()
-    operator = subprocess.Popen(
-        [sys.executable, "-c", OPERATOR, str(port)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
-    )
-    assert operator.stdin is not None
-    assert operator.stdout is not None
+class Service:
+    """Three fake replicas and more or fewer, as told, and clients that ask them."""
 
-    def deployed() -> None:
-        assert any(line.startswith("deployed") for line in operator.stdout or ())
-
-    try:
-        deployed()
-        clients = threading.Thread(
-            target=asyncio.run, args=(load(f"http://127.0.0.1:{port}", outcomes),), daemon=True
+    def __init__(self) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self.port = 8187
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", OPERATOR, str(self.port)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "RAY_AUTH_MODE": "disabled"},
         )
+
+    def deployed(self) -> None:
+        assert any(line.startswith("deployed") for line in self.process.stdout or ())
+
+    def deploy(self, replicas: int, version: int) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{replicas} {version}\n")
+        self.process.stdin.flush()
+        self.deployed()
+
+    def clients(self, requests: int, *, streams: bool) -> threading.Thread:
+        asked = load(f"http://127.0.0.1:{self.port}", self.outcomes, requests, streams)
+        clients = threading.Thread(target=asyncio.run, args=(asked,), daemon=True)
         clients.start()
-        changes = 0
-        while clients.is_alive():
-            # Scale in, scale out, and a new version every other time.
-            replicas = (1, 3, 2, 3)[changes % 4]
-            operator.stdin.write(f"{replicas} {changes // 2}\n")
-            operator.stdin.flush()
-            deployed()
-            changes += 1
-        clients.join()
-        operator.stdin.close()
-        assert operator.wait(120) == 0
+        return clients
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    found = Service()
+    try:
+        found.deployed()
+        yield found
+        found.process.communicate(timeout=120)  # closes its stdin, which ends it
+        assert found.process.returncode == 0
     finally:
-        operator.kill()
-    assert outcomes == {"ok": REQUESTS}
+        found.process.kill()
+
+
+def test_no_request_fails_while_replicas_leave_and_are_replaced(service: Service) -> None:
+    clients = service.clients(REQUESTS, streams=True)
+    changes = 0
+    while clients.is_alive():
+        # Scale in, scale out, and a new version every other time.
+        service.deploy((1, 3, 2, 3)[changes % 4], changes // 2)
+        changes += 1
+    assert service.outcomes == {"ok": REQUESTS}
     assert changes >= 6
+
+
+def test_what_a_killed_replica_has_not_answered_another_one_does(service: Service) -> None:
+    clients = service.clients(3000, streams=False)
+    killed = 0
+    while clients.is_alive():
+        time.sleep(3)
+        replicas = [
+            process
+            for process in psutil.Process(service.process.pid).children(recursive=True)
+            if "ServeReplica:phi4:replica" in " ".join(process.cmdline())
+        ]
+        if len(replicas) == 3:  # the last one that was killed is replaced
+            replicas[killed % 3].kill()
+            killed += 1
+    assert killed >= 2
+    assert service.outcomes == {"ok": 3000}

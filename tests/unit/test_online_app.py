@@ -101,14 +101,19 @@ def test_what_needs_no_kv_cache_does_not_wait() -> None:
     asked(app, scenario)
 
 
-def test_a_dead_engine_is_alive_to_nobody() -> None:
-    app = online({"die_after": 1})
+def test_a_dead_engines_requests_get_503_which_proxies_and_clients_try_again() -> None:
+    app = online({"die_after": 2, "latency_s": 0.1})
 
-    async def scenario(client: httpx.AsyncClient) -> list[int]:
-        await client.post(CHAT, json=HELLO)
-        return [(await client.get("/ready")).status_code]
+    async def scenario(client: httpx.AsyncClient) -> None:
+        answers = await asyncio.gather(*(client.post(CHAT, json=HELLO) for _ in range(3)))
+        assert sorted(answer.status_code for answer in answers) == [200, 503, 503]
+        for answer in (*answers, await client.get("/ready"), await client.post(CHAT, json=HELLO)):
+            if answer.status_code != 200:
+                assert answer.status_code == 503
+                assert answer.json()["error"]["code"] == "engine_dead"
+                assert answer.headers["retry-after"] == "1"
 
-    assert asked(app, scenario) == [503]
+    asked(app, scenario)
 
 
 @pytest.mark.parametrize(

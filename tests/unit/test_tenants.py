@@ -1,6 +1,7 @@
 """Who may ask: keys by their digests, from a file that may change while the service runs."""
 
 import logging
+import traceback
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,59 @@ def test_a_broken_file_leaves_the_old_keys_and_says_so_once(
     assert "key_sha256" in line.getMessage()
     keys(path, acme="two")
     assert ring.find("two", 30.0)
+
+
+@pytest.mark.parametrize(
+    "broken", [b"a: 2024-13-45", b"[" * 5000, b"\xff\xfe\xff", b"a: [", b"a: \x00", None]
+)
+def test_whatever_happens_to_the_file_costs_no_request_and_is_one_line_a_change(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, broken: bytes | None
+) -> None:
+    path = keys(tmp_path / "keys.yaml", acme="one")
+    ring = KeyRing(path, 1.0)
+
+    def breaks() -> None:
+        if broken is None:
+            path.unlink()
+        else:
+            path.write_bytes(broken)
+
+    with caplog.at_level(logging.ERROR, "phi4ray.serve.tenants"):
+        breaks()
+        assert all(ring.find("one", now_s) for now_s in (10.0, 20.0, 30.0))
+        assert len(caplog.records) == 1
+        keys(path, acme="one")
+        assert ring.find("one", 40.0)
+        breaks()
+        assert ring.find("one", 50.0)
+    assert len(caplog.records) == 2
+    assert "keys.yaml" in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tenants: [{name: a, key_sha256: [sk-phi4-private]}]",
+        "tenants: [ sk-phi4-private",
+        "tenants: sk-phi4-private",
+    ],
+)
+def test_a_key_where_its_digest_belongs_is_not_shown(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(text, "keys.yaml")
+    assert "keys.yaml" in str(error.value)
+    assert "private" not in "".join(traceback.format_exception(error.value))
+
+
+def test_the_tenants_are_told_anew_after_each_change_only(tmp_path: Path) -> None:
+    path = keys(tmp_path / "keys.yaml", acme="one")
+    ring = KeyRing(path, 1.0)
+    before = ring.tenants
+    ring.find("one", 10.0)
+    assert ring.tenants is before
+    keys(path, acme="one", other="two")
+    ring.find("one", 20.0)
+    assert [tenant.name for tenant in ring.tenants] == ["acme", "other"]
 
 
 def test_a_swapped_link_is_a_change_as_kubernetes_makes_it(tmp_path: Path) -> None:
