@@ -60,5 +60,5 @@ async def share_limits(application: str, replica: str, limiter: Limiter, replica
         try:
             heard = await board.exchange.remote(replica, spent, replicas)
             limiter.absorb(heard, time.monotonic())
-        except ray.exceptions.RayActorError:
+        except ray.exceptions.RayError:
             logger.warning("limits are counted at each replica alone until their actor is back")

@@ -7,9 +7,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from hypothesis import settings
 from moto.server import ThreadedMotoServer
 
 from phi4ray.storage import s3
+
+# How long an example takes says more of the machine than of the code.
+settings.register_profile("phi4ray", deadline=None)
+settings.load_profile("phi4ray")
 
 
 def pytest_unconfigure() -> None:

@@ -5,10 +5,13 @@ from typing import Final
 GENERATING: Final = frozenset(
     {
         "/v1/chat/completions",
+        "/v1/chat/completions/batch",
         "/v1/completions",
         "/v1/responses",
         "/v1/messages",
         "/inference/v1/generate",
+        "/invocations",
+        "/cohere/v2/chat",
     }
 )
 """Paths whose requests hold KV cache while they are answered."""
