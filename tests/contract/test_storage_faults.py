@@ -11,6 +11,8 @@ import pytest
 from phi4ray.errors import AccessDeniedError, PreconditionError, StorageError, TransientStorageError
 from phi4ray.storage import join, s3, storage_for
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass
 class Fault:

@@ -16,6 +16,8 @@ from phi4ray.errors import (
 )
 from phi4ray.storage import join, storage_for
 
+pytestmark = pytest.mark.slow
+
 SIZE = 3 << 20
 
 
