@@ -178,6 +178,7 @@ def test_listing_is_of_a_folder_and_not_of_names_that_begin_like_it(prefix: str)
     assert list(storage_for(prefix).list(join(prefix, "nothing"))) == []
 
 
+@pytest.mark.slow
 def test_listing_goes_past_one_page(prefix: str) -> None:
     with ThreadPoolExecutor(16) as pool:
         uris = list(pool.map(lambda n: put(prefix, f"many/{n:04d}", b""), range(1100)))

@@ -27,6 +27,8 @@ from tests.fault_proxy import (
     refusal,
 )
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 DATA = os.urandom(3 * MIB)
 ALWAYS = float("inf")

@@ -30,7 +30,7 @@ from tests.manifests import (
     schemas,
 )
 
-pytestmark = needs_kustomize
+pytestmark = [needs_kustomize, pytest.mark.slow]
 
 # Options that no overlay takes, because they need more than a cluster with GPUs.
 OTHER_OPTIONS = ("node-cache", "gcs-fault-tolerance", "incremental-upgrade")

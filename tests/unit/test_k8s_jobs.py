@@ -21,7 +21,7 @@ from tests.manifests import (
     overlay,
 )
 
-pytestmark = needs_kustomize
+pytestmark = [needs_kustomize, pytest.mark.slow]
 
 
 @each_job

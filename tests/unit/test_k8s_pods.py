@@ -25,7 +25,7 @@ from tests.manifests import (
     service_of,
 )
 
-pytestmark = needs_kustomize
+pytestmark = [needs_kustomize, pytest.mark.slow]
 
 GPU_OVERLAYS = [name for name in OVERLAYS if not name.startswith("cpu-")]
 # The GPU operator's label of a node, and the card of `phi4ray.gpus` that it stands for.

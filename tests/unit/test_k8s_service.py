@@ -4,6 +4,7 @@ import subprocess
 from pathlib import Path
 
 import kubernetes_validate
+import pytest
 import yaml
 
 from phi4ray.serve.tenants import parse
@@ -22,7 +23,7 @@ from tests.manifests import (
     service_of,
 )
 
-pytestmark = needs_kustomize
+pytestmark = [needs_kustomize, pytest.mark.slow]
 
 
 @each_service
