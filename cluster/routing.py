@@ -107,6 +107,8 @@ def route_picker(replicas: serve.Application) -> serve.Application:
     return serve.deployment(
         serve.ingress()(RoutePicker),
         name="router",
+        # HAProxy asks the next where one is not there: one dies, or is being replaced.
+        num_replicas=2,
         max_ongoing_requests=10_000,
         ray_actor_options={"num_cpus": 0},
     ).bind(replicas)
