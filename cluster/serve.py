@@ -22,14 +22,17 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
 from cluster.autoscaling import autoscaling_config, load_stats
+from cluster.harvest import host_shards
 from cluster.limits import share_limits
 from cluster.routing import KVRouter, route_picker
+from phi4ray.config import EngineConfig
 from phi4ray.engines import make_replica
 from phi4ray.errors import EngineDeadError, EngineStartError
 from phi4ray.serve.app import OnlineApp
 from phi4ray.serve.autoscaling import ReplicaLoad
 from phi4ray.serve.config import ServeConfig, serve_config
 from phi4ray.serve.observe import log_to_stderr
+from phi4ray.serve.shards import ShardHost
 
 # Read in the replica's process only. One event loop for HTTP and engine client: a hop between
 # threads for every chunk of every stream costs more than the chunk.
@@ -48,7 +51,7 @@ class Phi4Replica:
         log_to_stderr()
         # Ray allows as many threads as the actor has CPUs; vLLM knows better what it needs.
         os.environ.pop("OMP_NUM_THREADS", None)
-        self._replica: Any = make_replica(config.engine)
+        self._replica: Any = make_replica(_shared(config.engine))
         await self._replica.start()
         self._app = OnlineApp(self._replica, config)
         here = serve.get_replica_context()
@@ -61,6 +64,9 @@ class Phi4Replica:
                 config.autoscaling.widest[1],
             )
         )
+
+        host = ShardHost(here.replica_id.unique_id, config.engine, self._replica, self._app.harvest)
+        self._hosting = asyncio.create_task(host_shards(config.name, host))
 
     async def _exit_with_the_engine(self) -> None:
         # Serve notices a dead process at once, and an unhealthy replica after three looks.
@@ -98,6 +104,14 @@ class Phi4Replica:
             "capacity_tokens": admission.capacity_tokens,
             "demand_tokens": admission.used_tokens + admission.queued_tokens,
         }
+
+
+def _shared(engine: EngineConfig) -> EngineConfig:
+    """The engine's configuration with which batch rows stand behind online requests."""
+    if engine.kind != "vllm":
+        return engine
+    arguments = {"scheduling_policy": "priority", **engine.engine_args}
+    return engine.model_copy(update={"engine_args": arguments})
 
 
 def application(config: ServeConfig) -> serve.Application:

@@ -18,6 +18,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
 from cluster.batch import RayExecutor
+from cluster.harvest import ServeExecutor
 from cluster.local import connected
 from jobs.flags import (
     ENGINE_FLAGS,
@@ -30,6 +31,7 @@ from jobs.flags import (
     pairs,
 )
 from phi4ray.batch.describe import describe_plan
+from phi4ray.batch.executor import Executor
 from phi4ray.batch.planning import obtain_plan
 from phi4ray.batch.run import run_batch
 from phi4ray.batch.summary import print_summary
@@ -53,6 +55,8 @@ JOB_FLAGS: Flags = {
     "gpu_hour_price": float,
     "progress_interval_s": float,
     "system_prompt": str,
+    "weight": float,
+    "priority": int,
 }
 
 
@@ -63,7 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = configuration(arguments)
         with connected():
-            executor = RayExecutor(console)
+            executor: Executor = RayExecutor(console)
+            if arguments.serve:
+                executor = on_service = ServeExecutor(arguments.serve, console)
+                config = config.model_copy(update={"engine": on_service.engine()})
             if arguments.dry_run:
                 plan = obtain_plan(config, executor, dry_run=True)
                 gpu = find_recipe(arguments.recipe).gpu if arguments.recipe else None
@@ -108,6 +115,12 @@ def parser() -> argparse.ArgumentParser:
         help="openai-jsonl adds OpenAI Batch output and error files",
     )
     add("--retry-errors", action="store_true", help="rerun only the failed rows of a finished job")
+    add(
+        "--serve",
+        metavar="NAME",
+        default=None,
+        help="run on the replicas of this Serve application, in what online traffic leaves",
+    )
     add("--dry-run", action="store_true", default=False, help="print the plan and write nothing")
     add_fields(result, "job", JOB_FLAGS, BatchConfig)
     add_fields(result, "engine", ENGINE_FLAGS, EngineConfig)
@@ -128,6 +141,15 @@ def configuration(arguments: argparse.Namespace) -> BatchConfig:
         if name in given
     }
     flags["engine"] = engine_layer(arguments)
+    if arguments.serve:
+        if flags["engine"]:
+            raise ConfigError(
+                f"--serve runs on the engine of {arguments.serve!r}: leave out "
+                + ", ".join(f"--{name.replace('_', '-')}" for name in flags["engine"])
+            )
+        # Until the application is asked.
+        recipe = {name: value for name, value in recipe.items() if name != "engine"}
+        flags["engine"] = {"model": arguments.serve}
     if arguments.set:
         flags["sampling"] = pairs("--set", arguments.set)
     config = batch_config(recipe, file_layer(arguments.config), flags)

@@ -109,6 +109,8 @@ class BatchConfig(Config):
         None, ge=0, le=1, description="Stop once more of the finished rows than this failed"
     )
     retry_errors: bool = Field(False, description="Rerun only the failed rows of a finished job")
+    weight: float = Field(1.0, gt=0, description="With --serve: share among jobs of its priority")
+    priority: int = Field(0, description="With --serve: jobs of a lower number go first")
     gpu_hour_price: float | None = Field(None, ge=0, description="Currency units a GPU hour")
     progress_interval_s: float = Field(10.0, gt=0, description="Between lines off a terminal")
 

@@ -90,6 +90,9 @@ class OnlineReplica(Replica, Protocol):
     """The ASGI application, once started."""
     on_finished: Callable[[str, int, int], None] | None
     """Told of each sequence that the engine finished: its id, prompt and completion tokens."""
+    on_step: Callable[[int, float | None], None] | None
+    """Told of each step of the engine: the sequences in it, and the mean seconds since the last
+    token of those that got another."""
 
     def alive(self) -> bool:
         """Whether the engine runs; costs microseconds, never blocks."""

@@ -51,6 +51,8 @@ class VllmReplica:
         """vLLM's ASGI application, once started."""
         self.on_finished: Callable[[str, int, int], None] | None = None
         """Told of each sequence that finished; not with `disable_log_stats`."""
+        self.on_step: Callable[[int, float | None], None] | None = None
+        """Told of each step; not with `disable_log_stats`."""
         self._engine: AsyncLLM | None = None
         self._vllm_config: VllmConfig | None = None
         self._stats = SchedulerStats()
@@ -142,11 +144,17 @@ class VllmReplica:
                 super().record(scheduler_stats, iteration_stats, *args, **kw)
                 if scheduler_stats is not None:
                     replica._stats = scheduler_stats
-                if iteration_stats is not None and replica.on_finished is not None:
+                if iteration_stats is None:
+                    return
+                if replica.on_finished is not None:
                     for one in iteration_stats.finished_requests:
                         replica.on_finished(
                             one.request_id or "", one.num_prompt_tokens, one.num_generation_tokens
                         )
+                if replica.on_step is not None:
+                    latencies = iteration_stats.inter_token_latencies_iter
+                    mean_s = sum(latencies) / len(latencies) if latencies else None
+                    replica.on_step(replica._stats.num_running_reqs, mean_s)
 
         return LatestStats
 

@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
@@ -213,21 +213,16 @@ class ShardWorker:
     async def _answer_row(self, row: Result, request: Request) -> Result:
         for attempt in itertools.count(1):
             started = time.perf_counter()
-            answer = await self._complete(request)
+            answer = await within(
+                self._config.request_timeout_s,
+                self._replica.complete(request.endpoint, request.body),
+            )
             latency_s = time.perf_counter() - started
             if answer.status not in RETRY_STATUS or attempt >= self._config.max_attempts:
                 break
             pause_s = min(MAX_BACKOFF_S, BACKOFF_S * 2 ** min(attempt, 16))
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
         return replace(row.answered(answer), attempts=attempt, latency_s=latency_s)
-
-    async def _complete(self, request: Request) -> Answer:
-        try:
-            async with asyncio.timeout(self._config.request_timeout_s):
-                return await self._replica.complete(request.endpoint, request.body)
-        except TimeoutError:
-            limit = self._config.request_timeout_s
-            return refusal("timeout", f"no answer within request_timeout_s={limit}", status=408)
 
     def _count(self, shard: Shard, result: Result) -> None:
         self._open[shard.index] += Done(
@@ -256,3 +251,12 @@ class ShardWorker:
         written = await asyncio.to_thread(write)
         del self._open[shard.index]
         return written
+
+
+async def within(timeout_s: float | None, answer: Awaitable[Answer]) -> Answer:
+    """Wait for an answer; gives a 408 when it takes longer than a job allows a row."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await answer
+    except TimeoutError:
+        return refusal("timeout", f"no answer within request_timeout_s={timeout_s}", status=408)

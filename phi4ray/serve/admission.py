@@ -90,6 +90,13 @@ class Admission:
         self._queue: list[_Place] = []
         self._arrivals = itertools.count()
         self._released = _Rate()
+        self.on_change: Callable[[], None] = _nothing
+        """Called whenever a request comes, begins or goes."""
+
+    @property
+    def crowded(self) -> bool:
+        """Whether requests wait; costs nothing."""
+        return bool(self._queue)
 
     @property
     def queued(self) -> int:
@@ -137,6 +144,7 @@ class Admission:
             priority, next(self._arrivals), tokens, asyncio.get_running_loop().create_future()
         )
         heapq.heappush(self._queue, place)
+        self.on_change()
         self._grant()  # those in front may all have given up
         try:
             async with asyncio.timeout(self.config.queue_timeout_s):
@@ -162,6 +170,7 @@ class Admission:
     def _take(self, tokens: float) -> None:
         self.running += 1
         self.used_tokens += tokens
+        self.on_change()
 
     def _release(self, tokens: float) -> None:
         self.running -= 1
@@ -170,6 +179,7 @@ class Admission:
             self.used_tokens = 0.0  # what rounding has left
         self._released.add(tokens, self._clock())
         self._grant()
+        self.on_change()
 
     def _grant(self) -> None:
         while self._queue:
@@ -197,6 +207,10 @@ class Admission:
         rate = self._released.per_s(now)
         wait_s = wanted / rate if rate > 0 else self.config.queue_timeout_s
         return max(1, min(LONGEST_RETRY_S, math.ceil(wait_s)))
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Rate:

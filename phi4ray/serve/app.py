@@ -13,6 +13,7 @@ from phi4ray.serve.admission import Admission
 from phi4ray.serve.admit import Admit
 from phi4ray.serve.config import ServeConfig
 from phi4ray.serve.gate import Gate
+from phi4ray.serve.harvest import Harvest
 from phi4ray.serve.meter import Meter
 from phi4ray.serve.observe import Observe
 from phi4ray.serve.responses import send_error
@@ -30,7 +31,9 @@ class OnlineApp:
             capacity_tokens=kv.capacity_tokens,
             max_num_seqs=kv.max_num_seqs,
         )
-        metrics.watch(self.admission)
+        self.harvest = Harvest(config.harvest, self.admission)
+        replica.on_step = self.harvest.step
+        metrics.watch(self.admission, self.harvest)
         admit = Admit(Alive(replica.app, replica), self.admission, meter)
         self.gate = Gate(admit, config.gate, admit.demand)
         self._app: ASGIApp = Observe(self.gate)

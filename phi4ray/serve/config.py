@@ -11,6 +11,7 @@ from phi4ray.serve.admission import AdmissionConfig
 from phi4ray.serve.autoscaling import AutoscalingPolicyConfig
 from phi4ray.serve.gate import GateConfig
 from phi4ray.serve.routing import RoutingConfig
+from phi4ray.serve.slack import HarvestConfig
 
 
 class ServeConfig(Config):
@@ -22,6 +23,7 @@ class ServeConfig(Config):
     autoscaling: AutoscalingPolicyConfig = AutoscalingPolicyConfig()
     routing: RoutingConfig = RoutingConfig()
     gate: GateConfig = GateConfig()
+    harvest: HarvestConfig = HarvestConfig()
     drain_timeout_s: float = Field(
         600.0, gt=0, description="Longest that a leaving replica finishes its running requests"
     )

@@ -5,6 +5,7 @@ from typing import Final
 from prometheus_client import Counter, Gauge, Histogram
 
 from phi4ray.serve.admission import Admission
+from phi4ray.serve.harvest import Harvest
 from phi4ray.serve.paths import GENERATING
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -43,9 +44,20 @@ RUNNING: Final = Gauge("phi4ray:admitted_requests", "Requests admitted and not y
 QUEUED: Final = Gauge("phi4ray:queued_requests", "Requests that wait for room")
 QUEUED_TOKENS: Final = Gauge("phi4ray:queued_tokens", "Expected demand of those that wait")
 
+BATCH_ROWS: Final = Gauge("phi4ray:batch_rows", "Batch rows that the engine has")
+BATCH_TOKENS: Final = Gauge("phi4ray:batch_tokens", "Expected demand of those batch rows")
+BATCH_WAITING: Final = Gauge("phi4ray:batch_waiting_rows", "Batch rows that wait for slack")
+BATCH_ABORTED: Final = Gauge(
+    "phi4ray:batch_aborted_rows", "Batch rows that made way for online requests, since start"
+)
 
-def watch(admission: Admission) -> None:
-    """Let the gauges show the state of this process's admission whenever they are read."""
+
+def watch(admission: Admission, harvest: Harvest) -> None:
+    """Let the gauges show the state of this process whenever they are read."""
+    BATCH_ROWS.set_function(lambda: harvest.rows)
+    BATCH_TOKENS.set_function(lambda: harvest.tokens)
+    BATCH_WAITING.set_function(lambda: harvest.all_waiting)
+    BATCH_ABORTED.set_function(lambda: harvest.aborted)
     CAPACITY.set_function(lambda: admission.capacity_tokens)
     ADMITTED.set_function(lambda: admission.used_tokens)
     RUNNING.set_function(lambda: admission.running)

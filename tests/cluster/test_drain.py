@@ -1,7 +1,6 @@
 """No request fails by our own doing: replicas leave and are replaced under 10,000 requests."""
 
 import asyncio
-import json
 import os
 import subprocess
 import sys
@@ -11,13 +10,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 
+from tests.online_load import load
+
 ROOT = Path(__file__).parents[2]
 REQUESTS = 10_000
-AT_ONCE = 64
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 # In a process of its own, because Ray Serve reads its environment when it is imported.
@@ -44,41 +43,6 @@ with connected(num_cpus=4):
         print("deployed", line.strip(), flush=True)
     serve.shutdown()
 """
-
-
-async def load(url: str, outcomes: Counter[str], requests: int, streams: bool) -> None:
-    """Chats, every second one streamed; counts `ok` and what else became of them."""
-    places = asyncio.Semaphore(AT_ONCE)
-
-    async with httpx.AsyncClient(
-        base_url=url, timeout=60, limits=httpx.Limits(max_connections=AT_ONCE)
-    ) as client:
-
-        async def one(number: int) -> None:
-            async with places:
-                try:
-                    outcomes[await ask(client, number, streams)] += 1
-                except httpx.HTTPError as error:
-                    outcomes[repr(error)] += 1
-
-        await asyncio.gather(*(one(number) for number in range(requests)))
-
-
-async def ask(client: httpx.AsyncClient, number: int, streams: bool) -> str:
-    body = {"model": "m", "messages": [{"role": "user", "content": f"{number}"}]}
-    if number % 2 or not streams:
-        answer = await client.post("/v1/chat/completions", json=body)
-        return "ok" if answer.is_success else f"{answer.status_code} {answer.text}"
-    body["stream"] = True
-    async with client.stream("POST", "/v1/chat/completions", json=body) as stream:
-        if not stream.is_success:
-            return f"{stream.status_code} {(await stream.aread()).decode()}"
-        lines = [line async for line in stream.aiter_lines() if line]
-    if lines[-1] != "data: [DONE]":
-        return "a stream was cut off"
-    choices = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines[:-1]]
-    text = "".join(choice["delta"]["content"] for choice in choices)
-    return "ok" if text.startswith("fake:") and len(text) == 21 else f"the answer {text!r}"
 
 
 class Service:

@@ -1,0 +1,371 @@
+"""Online traffic and a batch job on one replica: what each costs the other.
+
+    python benchmarks/colocate.py --engine h200 --shape 512x256
+
+One service, asked in turn:
+
+* `batch alone`: a batch job on the idle replica; its throughput is the capacity.
+* `online alone`: a bursty trace, a Poisson process whose rate is `--base` of the capacity and rises
+  to `--burst` of it for `--burst-s` seconds each `--period-s`: at the defaults a quarter of the
+  capacity in the mean.
+* `both`: the same trace, requests and moments, while the job runs.
+* `priority`: the same on vLLM's own server with `scheduling_policy=priority`, where batch rows are
+  requests of a low priority, as many at once as the engine has sequences.
+
+And `--spike` requests in one moment, alone and while the job fills the replica: how much later
+their first tokens come is what it takes to get the KV cache back.
+Throughput counts prompt and answer tokens of what was finished between a phase's begin and end.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+from batch_overhead import prepare
+from engines import ENGINES
+from rich.console import Console
+from rich.table import Table
+from serve_overhead import NAME, PORT, serve_vllm
+
+ROOT = Path(__file__).resolve().parent.parent
+URL = f"http://127.0.0.1:{PORT}"
+SIDES = ("phi4ray", "priority")
+DASHBOARD = "8299"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--engine", choices=sorted(ENGINES), default="cpu")
+    add("--shape", default="128x64", help="prompt x answer tokens, online and batch [128x64]")
+    add("--seconds", type=float, default=96.0, help="of the trace [96]")
+    add("--alone-s", type=float, default=25.0, help="of batch alone, and before the trace [25]")
+    add("--base", type=float, default=0.1, help="of the capacity, between bursts [0.1]")
+    add("--burst", type=float, default=1.0, help="of the capacity, in bursts [1.0]")
+    add("--burst-s", type=float, default=8.0, help="[8]")
+    add("--period-s", type=float, default=48.0, help="[48]")
+    add("--spike", type=int, default=64, help="requests at once [64]")
+    add("--capacity", type=float, help="requests a second, if known: skips batch alone")
+    add("--target-tpot-ms", type=float, default=50.0, help="harvest.target_tpot_ms [50]")
+    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings of harvest")
+    add("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    add("--serve-vllm", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve_vllm:
+        ENGINES[arguments.engine]["engine_args"] = {"scheduling_policy": "priority"}
+        serve_vllm(arguments.engine, arguments.serve_vllm)
+    else:
+        show(measure(arguments))
+
+
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+
+    def keep(side: str, phase: str, **figures: float) -> None:
+        found.append({"side": side, "phase": phase} | {k: round(v, 4) for k, v in figures.items()})
+        print(json.dumps(found[-1]), flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="phi4ray-") as name:
+        folder = Path(name)
+        prepare(folder, arguments.engine, arguments.shape, 2000)
+        prompts = [json.loads(line)["prompt"] for line in (folder / "prompts/prompts.jsonl").open()]
+        shape = [int(part) for part in arguments.shape.split("x")]
+        bench = Bench(arguments, prompts, sum(shape), shape[1], folder)
+        if "phi4ray" in arguments.sides:
+            with bench.service():
+                if arguments.capacity is None:
+                    with bench.job():
+                        bench.capacity = bench.computed_per_s(arguments.alone_s)
+                keep("phi4ray", "batch alone", batch=bench.capacity)
+                keep("phi4ray", "online alone", **asyncio.run(bench.online(batch=False)))
+                keep("phi4ray", "spike alone", **asyncio.run(bench.spike()))
+                with bench.job():
+                    keep("phi4ray", "both", **asyncio.run(bench.online(batch=True)))
+                    time.sleep(1)
+                    keep("phi4ray", "spike on batch", **asyncio.run(bench.spike()))
+                    keep("phi4ray", "made way", rows=bench.metric("phi4ray:batch_aborted_rows"))
+        if "priority" in arguments.sides:
+            with bench.vllm():
+                keep("priority", "both", **asyncio.run(bench.online(batch=True, fill=True)))
+    return found
+
+
+class Bench:
+    """The loads, and the servers that they are for."""
+
+    def __init__(
+        self, arguments: argparse.Namespace, prompts: list[str], tokens: int, answer: int,
+        folder: Path,
+    ) -> None:  # fmt: skip
+        self._arguments = arguments
+        self._prompts = prompts
+        self._tokens = tokens
+        self._answer = answer
+        self._folder = folder
+        self.capacity: float = arguments.capacity or 0.0
+        self._asked = 0
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's samples."""
+        lines = httpx.get(f"{URL}/metrics", timeout=30).text.splitlines()
+        return sum(
+            float(line.rsplit(" ", 1)[1])
+            for line in lines
+            if line.startswith((f"{name} ", f"{name}{{"))
+        )
+
+    def finished(self) -> float:
+        """Requests and rows that the engine answered to their end."""
+        return self.metric("vllm:request_generation_tokens_sum") / self._answer
+
+    def computed(self) -> float:
+        """Requests' worth of tokens that the engine computed."""
+        names = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+        return sum(map(self.metric, names)) / self._tokens
+
+    def computed_per_s(self, seconds: float) -> float:
+        """What a job that has just begun reaches when it is under way."""
+        while self.metric("vllm:num_requests_running") < 8:
+            time.sleep(0.2)
+        time.sleep(seconds / 3)
+        before, began = self.computed(), time.monotonic()
+        time.sleep(seconds)
+        return (self.computed() - before) / (time.monotonic() - began)
+
+    async def online(self, *, batch: bool, fill: bool = False) -> dict[str, float]:
+        """Play the trace; gives latencies, and what was finished besides."""
+        arguments, chance = self._arguments, random.Random(4)
+        moments, at = [], 0.0
+        while at < arguments.seconds:
+            burst = at % arguments.period_s > arguments.period_s - arguments.burst_s
+            share = arguments.burst if burst else arguments.base
+            at += chance.expovariate(share * self.capacity)
+            moments.append(at)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        async with httpx.AsyncClient(base_url=URL, timeout=None, limits=limits) as client:
+            fillers = [
+                asyncio.create_task(self._fill(client, n))
+                for n in range(ENGINES[arguments.engine]["max_num_seqs"] if fill else 0)
+            ]
+            await asyncio.sleep(arguments.alone_s if batch else 1)  # until batch is under way
+            before, began = await asyncio.to_thread(self.finished), time.monotonic()
+            timings: list[tuple[float, float]] = []
+
+            async def one(moment: float) -> None:
+                await asyncio.sleep(began + moment - time.monotonic())
+                timings.append(await self._ask(client))
+
+            asked = [asyncio.create_task(one(moment)) for moment in moments]
+            await asyncio.sleep(began + arguments.seconds - time.monotonic())
+            done, seconds = len(timings), time.monotonic() - began
+            total = await asyncio.to_thread(self.finished) - before
+            await asyncio.gather(*asked)
+            for filler in fillers:
+                filler.cancel()
+            await asyncio.gather(*fillers, return_exceptions=True)
+        return {
+            "online": done / seconds, "batch": (total - done) / seconds,
+            "aimed": sum(m < arguments.seconds for m in moments) / arguments.seconds,
+            **quantiles("ttft", [ttft for ttft, _ in timings]),
+            **quantiles("tpot", [tpot for _, tpot in timings]),
+        }  # fmt: skip
+
+    async def spike(self) -> dict[str, float]:
+        """So many requests in one moment."""
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        async with httpx.AsyncClient(base_url=URL, timeout=None, limits=limits) as client:
+            asked = (self._ask(client) for _ in range(self._arguments.spike))
+            timings = await asyncio.gather(*asked)
+        return quantiles("ttft", [ttft for ttft, _ in timings])
+
+    async def _ask(self, client: httpx.AsyncClient) -> tuple[float, float]:
+        """One streamed completion; gives seconds to its first token, and for each further one."""
+        self._asked += 1  # or the prefix cache would know it from an earlier phase
+        prompt = f"online {self._asked} {self._prompts[self._asked % len(self._prompts)]}"
+        body = {
+            "model": NAME, "prompt": prompt,
+            "max_tokens": self._answer, "temperature": 0, "ignore_eos": True, "stream": True,
+        }  # fmt: skip
+        asked = time.monotonic()
+        first = last = 0.0
+        async with client.stream("POST", "/v1/completions", json=body) as stream:
+            stream.raise_for_status()
+            async for chunk in stream.aiter_raw():
+                if b"data: {" in chunk:
+                    last = time.monotonic()
+                    first = first or last
+        return first - asked, (last - first) / max(1, self._answer - 1)
+
+    async def _fill(self, client: httpx.AsyncClient, number: int) -> None:
+        body = {
+            "model": NAME, "max_tokens": self._answer, "temperature": 0, "ignore_eos": True,
+            "priority": 1000,
+        }  # fmt: skip
+        while True:
+            body["prompt"] = f"{number} " + self._prompts[number % len(self._prompts)]
+            (await client.post("/v1/completions", json=body)).raise_for_status()
+            number += 7919
+
+    @contextmanager
+    def service(self) -> Iterator[None]:
+        """Our service, on a cluster of this machine."""
+        arguments = self._arguments
+        from cluster.environment import SERVING
+
+        cpu = arguments.engine == "cpu"
+        harvest = dict(item.split("=") for item in arguments.set)
+        config = {
+            "engine": {"model": str(self._folder / "model"), "served_model_name": NAME,
+                       **ENGINES[arguments.engine], **({"num_gpus": 0} if cpu else {})},
+            "harvest": {"target_tpot_ms": arguments.target_tpot_ms, **harvest},
+            "admission": {"queue_timeout_s": 600},
+        }  # fmt: skip
+        file = self._folder / "serve.yaml"
+        file.write_text(yaml.safe_dump(config))
+        ray = [sys.executable, "-m", "ray.scripts.scripts"]
+        environment = {**os.environ, **SERVING, "RAY_AUTH_MODE": "disabled"}
+        start = [*ray, "start", "--head", "--port=0", f"--dashboard-port={DASHBOARD}"]
+        started = subprocess.run(
+            [*start, *(["--num-cpus=4"] if cpu else []), "--disable-usage-stats"],
+            env=environment, check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        self._environment = environment | {"RAY_ADDRESS": _address(started.stdout)}
+        command = [
+            sys.executable, str(ROOT / "jobs/serve.py"), "--config", str(file), "--port", str(PORT),
+        ]  # fmt: skip
+        try:
+            with running(command, self._environment):
+                yield
+        finally:
+            subprocess.run([*ray, "stop", "--force"], check=False, capture_output=True)
+
+    @contextmanager
+    def vllm(self) -> Iterator[None]:
+        """vLLM's own server, with priorities."""
+        command = [
+            sys.executable, __file__, "--engine", self._arguments.engine,
+            "--serve-vllm", str(self._folder / "model"),
+        ]  # fmt: skip
+        with running(command, dict(os.environ)):
+            yield
+
+    @contextmanager
+    def job(self) -> Iterator[None]:
+        """A batch job of many rows on our service, for as long as the block lasts."""
+        source = self._folder / "rows.jsonl"
+        with source.open("w") as stream:
+            for number in range(200_000):
+                prompt = f"{number} " + self._prompts[number % len(self._prompts)]
+                stream.write(json.dumps({"prompt": prompt}) + "\n")
+        sampling = json.loads((self._folder / "sampling.json").read_text())
+        with tempfile.TemporaryDirectory(prefix="phi4ray-out-") as output:
+            command = [
+                sys.executable, str(ROOT / "jobs/batch_infer.py"), "--serve", "phi4",
+                "--input", str(source), "--output", output, "--endpoint", "/v1/completions",
+                "--set", *(f"{key}={json.dumps(value)}" for key, value in sampling.items()),
+            ]  # fmt: skip
+            with tempfile.TemporaryFile() as log:
+                job = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
+                try:
+                    while self.metric("phi4ray:batch_rows") == 0:
+                        if job.poll() is not None:
+                            log.seek(0)
+                            raise SystemExit(log.read().decode()[-3000:])
+                        time.sleep(0.2)
+                    yield
+                finally:
+                    job.send_signal(signal.SIGINT)
+                    job.wait(120)
+        with suppress(httpx.HTTPError):
+            while self.metric("phi4ray:batch_rows") + self.metric("phi4ray:batch_waiting_rows"):
+                time.sleep(1)
+
+
+def _address(said: str) -> str:
+    import re
+
+    found = re.search(r"--address='([^']+)'", said)
+    assert found, said
+    return found[1]
+
+
+@contextmanager
+def running(command: list[str], environment: dict[str, str]) -> Iterator[None]:
+    """Have a server run; it answers inside the block."""
+    with tempfile.TemporaryFile() as log:
+        server = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            deadline = time.monotonic() + 600
+            while True:
+                with suppress(httpx.TransportError):
+                    if httpx.get(f"{URL}/v1/models").is_success:
+                        break
+                if server.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise SystemExit(f"it did not start:\n{log.read()[-3000:].decode()}")
+                time.sleep(0.5)
+            yield
+        finally:
+            server.send_signal(signal.SIGINT)
+            try:
+                server.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
+
+
+def quantiles(name: str, values: list[float]) -> dict[str, float]:
+    """Median, 95th and 99th percentile in milliseconds."""
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return {f"{name}_p{at}_ms": 1e3 * cuts[at - 1] for at in (50, 95, 99)}
+
+
+def show(found: list[dict[str, Any]]) -> None:
+    table = Table(
+        "side", "phase", "online /s", "batch /s", "TTFT p50 / p99 ms", "TPOT p50 / p99 ms"
+    )
+    for row in found:
+
+        def pair(name: str, row: dict[str, Any] = row) -> str:
+            first, last = row.get(f"{name}_p50_ms"), row.get(f"{name}_p99_ms")
+            return "" if first is None else f"{first:,.1f} / {last:,.1f}"
+
+        table.add_row(
+            row["side"], row["phase"], str(row.get("online", "")), str(row.get("batch", "")),
+            pair("ttft"), pair("tpot"),
+        )  # fmt: skip
+    console = Console(width=110)
+    console.print(table)
+    by = {(row["side"], row["phase"]): row for row in found}
+    alone, capacity = by.get(("phi4ray", "online alone")), by.get(("phi4ray", "batch alone"))
+    for side in ("phi4ray", "priority"):
+        both = by.get((side, "both"))
+        if alone and both and capacity:
+            left = capacity["batch"] - both["online"]
+            console.print(
+                f"{side}: p99 TTFT {both['ttft_p99_ms'] / alone['ttft_p99_ms']:.2f}x, "
+                f"p99 TPOT {both['tpot_p99_ms'] / alone['tpot_p99_ms']:.2f}x of online alone; "
+                f"batch has {both['batch'] / left:.0%} of what is left; "
+                f"total {(both['online'] + both['batch']) / alone['online']:.2f}x of online alone"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""Which replica works on which shards of which job, where replicas serve online traffic besides.
+
+    driver:  submit → poll, poll, … → forget       replica: exchange, exchange, …
+
+Replicas come and go, and have time for batch or not, so they ask for shards when they want some,
+and hold them as leases. A replica that is silent has lost its leases. When no shard is left to
+hand out, one that has come along least is given to a second replica that is free (backup tasks of
+Dean and Ghemawat, "MapReduce", OSDI 2004, section 3.6): both write the same part, and the last one
+wins. Everything here may be forgotten and told again: truth is in the parts. Pure: times are given.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from phi4ray.batch.parts import Receipt
+from phi4ray.batch.worker import WorkerStats
+from phi4ray.config import BatchConfig, EngineConfig
+from phi4ray.errors import EngineDeadError, Phi4rayError
+
+SILENT_S = 5.0
+"""A replica that has not been heard of for so long is gone."""
+
+DRIVER_SILENT_S = 60.0
+"""And so is the driver of a job."""
+
+BACKUP_AFTER_S = 15.0
+"""A shard that was handed out so long ago may be given to a second replica."""
+
+GRACE_S = 10.0
+"""A table that has just started may not have been told of a job yet that replicas know."""
+
+MAX_LOST = 8
+"""A shard that went down with so many replicas fails its job: it may be what kills them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job as its replicas need to know it. `lanes` is the shards a replica works on at once.
+
+    Room is shared by `weight` among jobs of the same `priority`; a lower one goes first.
+    """
+
+    name: str
+    config: BatchConfig
+    plan_id: str
+    lanes: int
+    weight: float = 1.0
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a replica tells: all by name of job.
+
+    `holding` has the shards that it works on, `wanted` how many more it would take.
+    """
+
+    replica: str
+    engine: EngineConfig
+    stats: Mapping[str, WorkerStats] = field(default_factory=dict)
+    holding: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    wanted: Mapping[str, int] = field(default_factory=dict)
+    finished: Sequence[tuple[str, Receipt]] = ()
+    failed: Sequence[tuple[str, Phi4rayError]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What a replica is told: jobs that are new to it, what to begin, and what is worth nothing.
+
+    Of a job that is not in `live` everything is to be dropped.
+    """
+
+    live: frozenset[str]
+    new: tuple[Job, ...] = ()
+    begin: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    drop: Mapping[str, frozenset[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What a driver is told: the receipts that it has not seen, and what replicas do now."""
+
+    receipts: tuple[Receipt, ...]
+    stats: Mapping[str, WorkerStats]
+    failure: Phi4rayError | None
+
+
+@dataclass(slots=True)
+class _Entry:
+    job: Job
+    pending: deque[int]
+    heard_s: float
+    leases: dict[int, dict[str, float]] = field(default_factory=dict)
+    lost: dict[int, int] = field(default_factory=dict)
+    done: set[int] = field(default_factory=set)
+    receipts: list[Receipt] = field(default_factory=list)
+    seen: int = 0
+    stats: dict[str, WorkerStats] = field(default_factory=dict)
+    failure: Phi4rayError | None = None
+
+
+class JobTable:
+    """The jobs of one application. Safe to call again when an answer was lost on its way."""
+
+    def __init__(self, now_s: float) -> None:
+        self.engine: EngineConfig | None = None
+        """What the application's replicas run, once one was heard of."""
+        self._started_s = now_s
+        self._jobs: dict[str, _Entry] = {}
+        self._replicas: dict[str, float] = {}
+
+    def submit(self, job: Job, pending: Sequence[int], now_s: float) -> None:
+        """Have these shards answered, in this order."""
+        if job.name not in self._jobs:
+            self._jobs[job.name] = _Entry(job, deque(pending), now_s)
+
+    def poll(self, name: str, seen: int, now_s: float) -> News | None:
+        """What is new of a job of which `seen` receipts were received; None if it is not known."""
+        entry = self._jobs.get(name)
+        if entry is None:
+            return None
+        entry.heard_s = now_s
+        # What was received need not be kept.
+        del entry.receipts[: seen - entry.seen]
+        entry.seen = seen
+        return News(tuple(entry.receipts), dict(entry.stats), entry.failure)
+
+    def forget(self, name: str) -> None:
+        """Drop a job; replicas stop working on it at their next exchange."""
+        self._jobs.pop(name, None)
+
+    def exchange(self, report: Report, now_s: float) -> Orders:
+        """Take a replica's report, and tell it what to do."""
+        self.engine = report.engine
+        self._replicas[report.replica] = now_s
+        self._forget_the_silent(now_s)
+        for name, receipt in report.finished:
+            if entry := self._jobs.get(name):
+                _finish(entry, receipt)
+        for name, error in report.failed:
+            if (entry := self._jobs.get(name)) and entry.failure is None:
+                entry.failure = error
+        begin: dict[str, tuple[int, ...]] = {}
+        drop: dict[str, frozenset[int]] = {}
+        for name, entry in self._jobs.items():
+            entry.stats.pop(report.replica, None)
+            if name in report.stats:
+                entry.stats[report.replica] = report.stats[name]
+            held = report.holding.get(name, frozenset())
+            _renew(entry, report.replica, held, now_s)
+            if useless := held & entry.done:
+                drop[name] = useless
+            # Of a job that is new to it a replica wants one shard to begin with.
+            wanted = report.wanted.get(name, 0 if name in report.stats else 1)
+            if entry.failure is None and wanted:
+                begin[name] = tuple(_take(entry, report.replica, wanted, now_s))
+        fresh = now_s - self._started_s < GRACE_S
+        return Orders(
+            live=frozenset(self._jobs) | (frozenset(report.stats) if fresh else frozenset()),
+            new=tuple(e.job for name, e in self._jobs.items() if name not in report.stats),
+            begin=begin,
+            drop=drop,
+        )
+
+    def _forget_the_silent(self, now_s: float) -> None:
+        for name in [n for n, e in self._jobs.items() if now_s - e.heard_s > DRIVER_SILENT_S]:
+            del self._jobs[name]
+        for replica in [r for r, at in self._replicas.items() if now_s - at > SILENT_S]:
+            del self._replicas[replica]
+            for entry in self._jobs.values():
+                entry.stats.pop(replica, None)
+                for shard in [s for s, held in entry.leases.items() if replica in held]:
+                    entry.lost[shard] = entry.lost.get(shard, 0) + 1
+                    _release(entry, shard, replica)
+                    if entry.lost[shard] >= MAX_LOST:
+                        entry.failure = EngineDeadError(
+                            f"shard {shard} went down with {MAX_LOST} replicas: if their logs say "
+                            "that the engine died, look for the row that kills it; if replicas are "
+                            "taken away too often, the same command goes on"
+                        )
+
+
+def _finish(entry: _Entry, receipt: Receipt) -> None:
+    if receipt.shard not in entry.done:
+        entry.done.add(receipt.shard)
+        entry.receipts.append(receipt)
+    entry.leases.pop(receipt.shard, None)
+
+
+def _renew(entry: _Entry, replica: str, held: frozenset[int], now_s: float) -> None:
+    for shard in held - entry.done:
+        entry.leases.setdefault(shard, {}).setdefault(replica, now_s)
+    # What was handed out a moment ago may not be held yet.
+    for shard, leases in list(entry.leases.items()):
+        if shard not in held and now_s - leases.get(replica, now_s) > SILENT_S:
+            _release(entry, shard, replica)
+
+
+def _release(entry: _Entry, shard: int, replica: str) -> None:
+    leases = entry.leases[shard]
+    del leases[replica]
+    if not leases:
+        del entry.leases[shard]
+        entry.pending.appendleft(shard)
+
+
+def _take(entry: _Entry, replica: str, wanted: int, now_s: float) -> list[int]:
+    taken: list[int] = []
+    while entry.pending and len(taken) < wanted:
+        shard = entry.pending.popleft()
+        if shard not in entry.done and shard not in entry.leases:
+            taken.append(shard)
+    if not taken and (slow := _backup(entry, replica, now_s)) is not None:
+        taken.append(slow)
+    for shard in taken:
+        entry.leases.setdefault(shard, {})[replica] = now_s
+    return taken
+
+
+def _backup(entry: _Entry, replica: str, now_s: float) -> int | None:
+    """The shard that has come along least among those that one other replica has for long."""
+
+    def rows(shard: int) -> int:
+        (holder,) = entry.leases[shard]
+        stats = entry.stats.get(holder)
+        done = stats.open_shards.get(shard) if stats else None
+        return done.rows if done else 0
+
+    slow = [
+        shard
+        for shard, leases in entry.leases.items()
+        if len(leases) == 1
+        and replica not in leases
+        and now_s - next(iter(leases.values())) > BACKUP_AFTER_S
+    ]
+    return min(slow, key=rows, default=None)

@@ -1,0 +1,196 @@
+"""Batch rows on a replica that serves online traffic: in its slack, and out of the way at once.
+
+Each replica decides for itself, whenever a request comes or goes and at every step of its engine.
+A row that must make way is aborted, and goes first when there is room again: rows are idempotent,
+and only the work of the youngest is lost.
+"""
+
+import asyncio
+import itertools
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from phi4ray.serve.admission import Admission
+from phi4ray.serve.fair import FairQueue
+from phi4ray.serve.slack import HarvestConfig, RecentPeak, Slack, StepControl, slack
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False, slots=True)
+class _Row:
+    job: str
+    number: int
+    priority: int
+    tokens: float
+    prompt_tokens: float
+    wake: asyncio.Future[None]
+    begun: int = 0
+    task: "asyncio.Future[Any] | None" = None
+
+
+class Harvest:
+    """The batch rows of one replica. For one event loop."""
+
+    def __init__(
+        self,
+        config: HarvestConfig,
+        admission: Admission,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self.tokens = 0.0
+        """Expected demand of the rows that the engine has."""
+        self.aborted = 0
+        """Rows that made way since start."""
+        self._admission = admission
+        self._clock = clock
+        self._recent = RecentPeak(config.reserve_half_life_s)
+        self._control = StepControl(config.target_tpot_ms / 1e3, config.prefill_tokens)
+        self._queue: FairQueue[_Row] = FairQueue()
+        self._jobs: dict[str, int] = {}
+        self._rows: set[_Row] = set()
+        self._numbers = itertools.count()
+        self._begun = itertools.count()
+        self._online_at_s: float | None = None
+        self._idle = True
+        admission.on_change = self.update
+
+    @property
+    def rows(self) -> int:
+        """Rows that the engine has."""
+        return len(self._rows)
+
+    def running(self, job: str) -> int:
+        """Rows of one job that the engine has."""
+        return sum(row.job == job for row in self._rows)
+
+    def waiting(self, job: str) -> int:
+        """Rows of one job that wait for slack."""
+        return self._queue.waiting(job)
+
+    @property
+    def all_waiting(self) -> int:
+        """Rows of all jobs that wait for slack."""
+        return sum(map(self._queue.waiting, self._jobs))
+
+    def join(self, job: str, weight: float = 1.0, priority: int = 0) -> None:
+        """Let a job's rows come, or change what share they get."""
+        self._jobs[job] = priority
+        self._queue.join(job, weight, priority)
+
+    def leave(self, job: str) -> None:
+        """Forget a job whose rows have all ended."""
+        self._jobs.pop(job, None)
+        self._queue.leave(job)
+
+    async def run(
+        self, job: str, tokens: float, prompt_tokens: float, work: Callable[[], Awaitable[T]]
+    ) -> T:
+        """Do a row's work when there is slack for it; again, if it had to make way.
+
+        `tokens` is what it will hold of the KV cache, `prompt_tokens` the part that is prompt.
+        """
+        loop = asyncio.get_running_loop()
+        tokens = min(tokens, self._admission.capacity_tokens)
+        row = _Row(
+            job, next(self._numbers), self._jobs[job], tokens, prompt_tokens, loop.create_future()
+        )
+        try:
+            while True:
+                self._queue.push(job, row.number, row)
+                self.update()
+                await row.wake
+                if row in self._rows:
+                    row.task = task = asyncio.ensure_future(work())
+                    try:
+                        return await task
+                    except asyncio.CancelledError:
+                        if row in self._rows or _cancelled():
+                            raise
+                row.task, row.wake = None, loop.create_future()
+        finally:
+            row.wake.cancel()
+            self._give_back(row)
+
+    def step(self, running: int, token_latency_s: float | None) -> None:
+        """Take note of one step of the engine: its sequences, and their time since the last."""
+        if token_latency_s:
+            self._control.observe(token_latency_s, running)
+        else:
+            self._control.rest()
+        self.update()
+
+    def update(self) -> None:
+        """Have rows make way, or hand over more, as the slack is now."""
+        room = self._observe()
+        if self.tokens > room.keep_tokens or self.rows > room.keep_sequences:
+            self._shrink(room)
+        while (row := self._queue.head()) is not None:
+            if row.wake.done():  # its job does not want it any more
+                self._queue.pop()
+                continue
+            fits = self.tokens + row.tokens <= room.tokens and self.rows + 1 <= room.sequences
+            paced = self._control.ready or self._idle or not self._rows
+            # Where there is nothing else any row may go, however large and slow.
+            if not (fits and paced) and (self._rows or self._online()):
+                return
+            self._queue.pop(row.tokens)
+            self._begin(row)
+
+    def _online(self) -> bool:
+        return self._admission.running > 0 or self._admission.crowded
+
+    def _observe(self) -> Slack:
+        online, now = self._admission, self._clock()
+        if self._online():
+            self._online_at_s = now
+        since_s = self._online_at_s
+        self._idle = since_s is None or now - since_s > self.config.idle_s
+        return slack(
+            self.config,
+            capacity_tokens=online.capacity_tokens,
+            max_num_seqs=online.max_num_seqs,
+            online_tokens=online.used_tokens,
+            online_sequences=online.running,
+            recent_tokens=self._recent.observe(online.used_tokens, now),
+            step_sequences=self._control.keep,
+            idle=self._idle,
+            crowded=online.crowded,
+        )
+
+    def _begin(self, row: _Row) -> None:
+        row.begun = next(self._begun)
+        self._rows.add(row)
+        self.tokens += row.tokens
+        self._control.feed(row.prompt_tokens)
+        row.wake.set_result(None)
+
+    def _give_back(self, row: _Row) -> None:
+        if row in self._rows:
+            self._remove(row)
+            self.update()
+
+    def _remove(self, row: _Row) -> None:
+        self._rows.remove(row)
+        self.tokens = self.tokens - row.tokens if self._rows else 0.0
+
+    def _shrink(self, room: Slack) -> None:
+        """Abort down to where rows are handed over, or the next request would abort again."""
+        least = 0 if self._online() else 1
+        for row in sorted(self._rows, key=lambda row: (-row.priority, -row.begun)):
+            if self.rows <= least or (self.tokens <= room.tokens and self.rows <= room.sequences):
+                return
+            self._remove(row)
+            self._queue.refund(row.job, row.tokens)
+            self.aborted += 1
+            if row.task is not None:
+                row.task.cancel()
+
+
+def _cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

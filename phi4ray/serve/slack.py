@@ -1,0 +1,185 @@
+"""What online traffic leaves for batch rows on one replica: its slack. Pure; times are given.
+
+vLLM's `scheduling_policy="priority"` alone does not protect online requests: a waiting request
+never evicts a running one (vLLM issues 24365 and 40004), and a step with a thousand sequences
+lasts long for each of them. So batch rows are given to the engine only as far as
+
+* KV cache is free above a reserve, which follows what online requests lately held;
+* a step with all its sequences and prompts lasts no longer than the time per output token that
+  online requests are to keep: it is also what an online prompt waits for.
+
+While there has been no online request for some time none of it holds, and batch fills the engine.
+"""
+
+import math
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from phi4ray.config import Config
+
+STEP_MEMORY_S = 0.25
+"""Over so long a time a step's length is averaged: a request feels the mean of many steps."""
+
+GROWTH = 1.1
+"""By what the prompt tokens of a step grow and shrink at most from one step to the next."""
+
+LEAST_TOKENS = 16.0
+"""And the fewest that they shrink to: so they grow back within seconds."""
+
+SPENT_FROM = 0.75
+"""Share of the most prompt tokens of a step from which on the credit is spent."""
+
+TOLERANCE = 1.1
+"""Steps that are longer by less than this cost no row its place."""
+
+IDLE_OVERSUBSCRIBE = 1.25
+"""What batch holds of an idle replica: a few rows wait in the engine, for its next free places."""
+
+
+class HarvestConfig(Config):
+    """How batch rows share a replica with online requests."""
+
+    target_tpot_ms: float = Field(
+        50.0, gt=0, description="Time per output token that batch rows leave to online requests"
+    )
+    reserve_fraction: float = Field(
+        0.05, ge=0, lt=1, description="Share of the KV cache that batch rows leave free"
+    )
+    reserve_half_life_s: float = Field(
+        10.0, gt=0, description="Half-life of the memory of what online requests held"
+    )
+    prefill_tokens: int = Field(
+        2048, ge=1, description="Most prompt tokens of batch rows in one step of the engine"
+    )
+    idle_s: float = Field(
+        30.0, ge=0, description="Without online requests for so long, batch takes the whole engine"
+    )
+    batch_replicas: int = Field(
+        0, ge=0, description="Replicas that waiting batch rows keep from being scaled in"
+    )
+
+
+class RecentPeak:
+    """The most that was observed lately: an old peak counts half after each half-life."""
+
+    def __init__(self, half_life_s: float) -> None:
+        self._half_life_s = half_life_s
+        self._peak = 0.0
+        self._at_s = -math.inf
+
+    def observe(self, value: float, now_s: float) -> float:
+        """Count a value; gives the peak as it counts now."""
+        age_s = max(0.0, now_s - self._at_s)
+        self._peak = max(value, self._peak * 0.5 ** (age_s / self._half_life_s))
+        self._at_s = now_s
+        return self._peak
+
+
+class StepControl:
+    """Feeds batch rows to the engine so that its steps last no longer than they may.
+
+    A step lasts as long as its sequences' next tokens and its prompts' tokens take together. The
+    prompts are what can be held back without losing anything, so they are controlled first: each
+    step earns a credit of prompt tokens, which grows while steps are short and shrinks while they
+    are long. It is spent in one step when it has grown large, because a step with any prompt in it
+    costs more than one without (it cannot run as one CUDA graph). Only when nothing was fed for a while and steps are still too long, as when online
+    requests come in numbers, rows must go: so many that the rest makes steps of the right length.
+    """
+
+    def __init__(self, target_s: float, most_tokens: int) -> None:
+        self._target_s = target_s
+        self._most_tokens = most_tokens
+        self._step_tokens = float(most_tokens)
+        self._credit = float(most_tokens)
+        # Of the last steps: how many, how long, with how many sequences; old ones fade.
+        self._steps = 0.0
+        self._seconds = 0.0
+        self._sequences = 0.0
+        self._unfed_s = 0.0
+        self.ready = True
+        """Whether another prompt may be fed."""
+
+    def feed(self, prompt_tokens: float) -> None:
+        """Spend credit on a row; a long prompt overdraws it, and the next ones wait longer."""
+        self._credit -= prompt_tokens
+        self._unfed_s = 0.0
+        self.ready = self.ready and self._credit > 0
+
+    def rest(self) -> None:
+        """Earn what one step earns: of an engine that cannot tell how long it took."""
+        self._credit = min(self._credit + self._step_tokens, self._most_tokens)
+        self.ready = self.ready or self._credit >= SPENT_FROM * self._most_tokens
+
+    def observe(self, step_s: float, running: int) -> None:
+        """Count one step: its length, and the sequences in it."""
+        kept = math.exp(-step_s / STEP_MEMORY_S)
+        self._steps = kept * self._steps + 1
+        self._seconds = kept * self._seconds + step_s
+        self._sequences = kept * self._sequences + running
+        self._unfed_s += step_s
+        if self._too_long <= 1:
+            self._step_tokens = min(self._most_tokens, GROWTH * self._step_tokens)
+            self.rest()
+        else:
+            share = max(1 / GROWTH, 1 / self._too_long)
+            self._step_tokens = max(LEAST_TOKENS, share * self._step_tokens)
+
+    @property
+    def keep(self) -> float:
+        """Sequences, online ones included, that may stay."""
+        if self._too_long <= TOLERANCE or self._unfed_s < 2 * STEP_MEMORY_S:
+            return math.inf
+        return self._sequences / self._steps / self._too_long
+
+    @property
+    def _too_long(self) -> float:
+        """The mean of the last steps, as a multiple of the target."""
+        return self._seconds / self._steps / self._target_s if self._steps else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Slack:
+    """Tokens of KV cache and sequences that batch rows may hold.
+
+    Over `keep_*` rows are aborted; up to the others rows are handed over.
+    """
+
+    tokens: float
+    sequences: float
+    keep_tokens: float
+    keep_sequences: float
+
+
+def slack(
+    config: HarvestConfig,
+    *,
+    capacity_tokens: float,
+    max_num_seqs: int,
+    online_tokens: float,
+    online_sequences: int,
+    recent_tokens: float,
+    step_sequences: float,
+    idle: bool,
+    crowded: bool,
+) -> Slack:
+    """What batch rows may hold of a replica.
+
+    `online_*` is what admitted online requests are expected to hold, `recent_tokens` the most that
+    they lately did, `step_sequences` is `StepControl.keep`; `crowded`: online requests wait.
+    """
+    if crowded:
+        return Slack(0, 0, 0, 0)
+    if idle:
+        tokens = IDLE_OVERSUBSCRIBE * capacity_tokens
+        sequences = max(1.0, IDLE_OVERSUBSCRIBE * max_num_seqs)
+        return Slack(tokens, sequences, tokens, sequences)
+    free = capacity_tokens - online_tokens
+    unreserved = capacity_tokens * (1 - config.reserve_fraction) - max(online_tokens, recent_tokens)
+    places = min(max_num_seqs, step_sequences) - online_sequences
+    return Slack(
+        tokens=max(0.0, min(free, unreserved)),
+        sequences=max(0.0, places),
+        keep_tokens=max(0.0, free),
+        keep_sequences=max(0.0, places),
+    )

@@ -1,0 +1,196 @@
+"""One fleet, two doors: a batch job and online clients on the same replicas, which are killed."""
+
+import asyncio
+import io
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from phi4ray.fake import fake_text
+from phi4ray.storage import join, storage_for
+from phi4ray.train.tiny import make_tiny_model
+from tests.online_load import load
+from tests.small_jobs import prompts, write_lines
+
+ROOT = Path(__file__).parents[2]
+PORT = 8189
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+# In a process of its own, because Ray Serve reads its environment when it is imported.
+OPERATOR = """
+import json, os, sys
+from cluster.environment import SERVING
+os.environ |= SERVING | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2"}
+import ray
+from cluster.local import connected
+from cluster.serve import deployed
+from phi4ray.serve.config import serve_config
+
+with connected(num_cpus=4), deployed(serve_config(json.loads(sys.argv[2])), "127.0.0.1", int(sys.argv[1])):
+    print("address", ray.get_runtime_context().gcs_address, flush=True)
+    sys.stdin.read()
+"""  # noqa: E501
+
+
+class Service:
+    """An application on a cluster of its own."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        import json
+
+        self._environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", OPERATOR, str(PORT), json.dumps(config)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=self._environment,
+        )
+        lines = (line for line in self._process.stdout or () if line.startswith("address "))
+        self.address = next(lines, "").removeprefix("address ").strip()
+        assert self.address, "the service did not start"
+
+    def batch(self, *arguments: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "jobs/batch_infer.py", "--serve", "phi4", *arguments]
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**self._environment, "RAY_ADDRESS": self.address},
+        )
+
+    def replicas(self) -> list[psutil.Process]:
+        children = psutil.Process(self._process.pid).children(recursive=True)
+        return [one for one in children if "ServeReplica:phi4:replica" in " ".join(one.cmdline())]
+
+    def metric(self, name: str) -> float:
+        text = httpx.get(f"http://127.0.0.1:{PORT}/metrics").text
+        return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(name))
+
+    def stop(self) -> None:
+        try:
+            self._process.communicate(timeout=120)
+        finally:
+            self._process.kill()
+
+
+@pytest.fixture
+def service(request: pytest.FixtureRequest, s3_prefix: str) -> Iterator[Service]:
+    found = Service(request.param)
+    yield found
+    found.stop()
+
+
+def rows_of(output: str) -> list[dict[str, Any]]:
+    store = storage_for(output)
+    return [
+        row
+        for item in store.list(output)
+        if item.uri.endswith(".parquet")
+        for row in pq.read_table(io.BytesIO(store.read(item.uri))).to_pylist()
+    ]
+
+
+FAKES = {
+    "engine": {
+        "kind": "fake", "model": "m", "num_cpus": 0.1, "max_num_seqs": 32,
+        "engine_args": {"latency_s": 0.2, "kv_cache_size_tokens": 3000},
+    },
+    "autoscaling": {"min_replicas": 2, "max_replicas": 2},
+    "drain_timeout_s": 60,
+}  # fmt: skip
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("service", [FAKES], indirect=True, ids=["fakes"])
+def test_online_load_and_a_batch_job_while_replicas_are_killed(
+    service: Service, s3_prefix: str, tmp_path: Path
+) -> None:
+    count = 3000
+    file = write_lines(tmp_path / "a.jsonl", prompts(count))
+    storage_for(s3_prefix).write(join(s3_prefix, "in/a.jsonl"), file.read_bytes())
+    output = join(s3_prefix, "out/")
+    outcomes: Counter[str] = Counter()
+    clients = threading.Thread(
+        target=asyncio.run,
+        args=(load(f"http://127.0.0.1:{PORT}", outcomes, 3000, streams=False),),
+        daemon=True,
+    )
+    clients.start()
+    job = service.batch(
+        "--input", join(s3_prefix, "in/"), "--output", output, "--shard-rows", "50"
+    )  # fmt: skip
+    killed = 0
+    while job.poll() is None:
+        time.sleep(4)
+        replicas = service.replicas()
+        if len(replicas) == 2:  # the last one that was killed is replaced
+            replicas[killed % 2].kill()
+            killed += 1
+    assert job.returncode == 0, job.communicate()[0]
+    clients.join(120)
+    assert outcomes == {"ok": 3000}
+    assert killed >= 2
+    rows = rows_of(output)
+    assert sorted(row["n"] for row in rows) == list(range(count))
+    assert all(row["text"] == fake_text(f"prompt {row['n']}") for row in rows)
+
+
+@pytest.mark.engine
+def test_a_real_engine_answers_online_requests_at_once_while_batch_fills_it(
+    s3_prefix: str, tmp_path: Path
+) -> None:
+    config = {
+        "recipe": "tiny-cpu",
+        "engine": {"model": str(make_tiny_model(tmp_path / "tiny")), "max_num_seqs": 16,
+                   "served_model_name": "phi-4", "kv_cache_memory_bytes": 1 << 26},
+    }  # fmt: skip
+    service = Service(config)
+    try:
+        file = write_lines(tmp_path / "a.jsonl", prompts(400))
+        storage_for(s3_prefix).write(join(s3_prefix, "in/a.jsonl"), file.read_bytes())
+        output = join(s3_prefix, "out/")
+        job = service.batch(
+            "--input", join(s3_prefix, "in/"), "--output", output, "--shard-rows", "50",
+            "--set", "max_tokens=32", "temperature=0", "ignore_eos=true",
+        )  # fmt: skip
+        while service.metric("phi4ray:batch_rows ") < 16 and job.poll() is None:
+            time.sleep(0.1)
+        body = {"model": "phi-4", "prompt": "hi", "max_tokens": 16, "ignore_eos": True}
+        with httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=60) as client:
+            # As many as the engine has places: all are batch rows', and all are given up.
+            answers: list[httpx.Response] = []
+            threads = [
+                threading.Thread(
+                    target=lambda: answers.append(client.post("/v1/completions", json=body))
+                )
+                for _ in range(16)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert [answer.status_code for answer in answers] == [200] * 16
+        assert service.metric("phi4ray:batch_aborted_rows ") > 0
+        assert service.metric("vllm:num_preemptions_total") == 0
+        assert job.wait(300) == 0, job.communicate()[0]
+        rows = rows_of(output)
+        assert sorted(row["n"] for row in rows) == list(range(400))
+        assert {row["completion_tokens"] for row in rows} == {32}
+        assert {row["error_code"] for row in rows} == {None}
+    finally:
+        service.stop()

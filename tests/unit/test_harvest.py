@@ -1,0 +1,328 @@
+"""Batch rows in the slack of a replica: let in, made to yield, taken up again, shared fairly."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phi4ray.serve.admission import Admission, AdmissionConfig
+from phi4ray.serve.fair import FairQueue
+from phi4ray.serve.harvest import Harvest
+from phi4ray.serve.slack import HarvestConfig
+
+JOB = "job"
+
+
+class Engine:
+    """The rows of a replica's batch that run, and those that ended; time stands still."""
+
+    def __init__(self, tokens: int = 1000, seqs: int = 100, **settings: Any) -> None:
+        self.now = 100.0
+        self.admission = Admission(
+            AdmissionConfig(), capacity_tokens=tokens, max_num_seqs=seqs, clock=lambda: self.now
+        )
+        config = HarvestConfig.model_validate({"reserve_fraction": 0.1, **settings})
+        self.harvest = Harvest(config, self.admission, clock=lambda: self.now)
+        self.harvest.join(JOB)
+        self.running: dict[str, asyncio.Event] = {}
+        self.order: list[str] = []
+        self.begun: list[str] = []
+        self.tasks: dict[str, asyncio.Task[str]] = {}
+        self.held: list[asyncio.Task[None]] = []
+
+    def row(self, name: str, tokens: float = 100, prompt: float = 0, job: str = JOB) -> None:
+        async def work() -> str:
+            self.begun.append(name)
+            event = self.running[name] = asyncio.Event()
+            try:
+                await event.wait()
+            finally:
+                del self.running[name]
+            return name
+
+        self.tasks[name] = asyncio.create_task(self.harvest.run(job, tokens, prompt, work))
+
+    async def end(self, name: str) -> None:
+        self.running[name].set()
+        assert await self.tasks[name] == name
+        await settle()
+
+    async def online(self, tokens: float) -> Callable[[], Coroutine[Any, Any, None]]:
+        """An online request; gives what ends it."""
+        done = asyncio.Event()
+
+        async def hold() -> None:
+            async with self.admission.admit(tokens):
+                await done.wait()
+
+        task = asyncio.create_task(hold())
+        self.held.append(task)  # the loop itself would forget it
+        await settle()
+
+        async def finish() -> None:
+            done.set()
+            await task
+            await settle()
+
+        return finish
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def names(count: int) -> list[str]:
+    return [f"r{n:02d}" for n in range(count)]
+
+
+def test_an_idle_replica_is_filled_and_the_next_row_follows_a_finished_one() -> None:
+    async def scenario() -> None:
+        engine = Engine()
+        for name in names(15):
+            engine.row(name)
+        await settle()
+        assert sorted(engine.running) == names(12)  # a quarter more than the cache holds
+        await engine.end("r03")
+        assert "r12" in engine.running
+        assert engine.harvest.waiting(JOB) == 2
+
+    asyncio.run(scenario())
+
+
+def test_an_online_request_gets_its_tokens_at_once_and_the_youngest_rows_yield() -> None:
+    async def scenario() -> None:
+        engine = Engine()
+        for name in names(10):
+            engine.row(name)
+        await settle()
+        await engine.online(300)
+        assert engine.admission.running == 1  # it did not wait
+        # 1,000 tokens, a tenth of them kept free: six rows of 100 stay beside 300.
+        assert sorted(engine.running) == names(6)
+        assert engine.harvest.aborted == 4
+
+    asyncio.run(scenario())
+
+
+def test_rows_that_made_way_go_first_when_there_is_room_again() -> None:
+    async def scenario() -> None:
+        engine = Engine(reserve_half_life_s=1.0, idle_s=0.0)
+        for name in names(10):
+            engine.row(name)
+        await settle()
+        finish = await engine.online(600)
+        assert sorted(engine.running) == names(3)
+        engine.row("later")
+        await finish()
+        engine.now += 60
+        engine.harvest.step(3, 0.001)
+        await settle()
+        assert engine.begun[10:] == [*names(10)[3:], "later"]
+        for name in (*names(10), "later"):
+            await engine.end(name)
+        assert (engine.harvest.rows, engine.harvest.tokens) == (0, 0)
+
+    asyncio.run(scenario())
+
+
+def test_while_online_requests_wait_no_batch_row_runs() -> None:
+    async def scenario() -> None:
+        engine = Engine()
+        engine.row("batch")
+        await engine.online(1000)
+        second = asyncio.create_task(engine.online(1000))
+        await settle()
+        assert engine.admission.crowded
+        assert engine.running == {}
+        second.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_beside_online_requests_a_step_gets_only_so_many_prompt_tokens() -> None:
+    async def scenario() -> None:
+        engine = Engine(tokens=100_000, prefill_tokens=100)
+        await engine.online(10)
+        for name in names(6):
+            engine.row(name, prompt=60)
+        await settle()
+        assert sorted(engine.running) == names(2)
+        engine.harvest.step(3, 0.001)
+        await settle()
+        assert sorted(engine.running) == names(4)
+
+    asyncio.run(scenario())
+
+
+def test_rows_yield_when_steps_get_longer_than_online_requests_may_wait() -> None:
+    async def scenario() -> None:
+        engine = Engine(tokens=100_000, target_tpot_ms=50)
+        for name in names(40):
+            engine.row(name)
+        await engine.online(10)
+        for _ in range(200):
+            engine.harvest.step(41, 0.1)  # twice as long as they may be
+        await settle()
+        assert len(engine.running) == 19  # 20.5 sequences, one of them online
+        assert sorted(engine.running) == names(19)
+
+    asyncio.run(scenario())
+
+
+def test_a_cancelled_row_frees_its_place_whether_it_runs_or_waits() -> None:
+    async def scenario() -> None:
+        engine = Engine(tokens=100)
+        for name in names(4):
+            engine.row(name)
+        await settle()
+        assert sorted(engine.running) == names(1)
+        engine.tasks["r01"].cancel()
+        engine.tasks["r00"].cancel()
+        await settle()
+        assert sorted(engine.running) == ["r02"]
+        assert engine.tasks["r00"].cancelled()
+        assert engine.harvest.waiting(JOB) == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_failing_row_frees_its_place_and_its_error_is_passed_on() -> None:
+    async def scenario() -> None:
+        engine = Engine()
+
+        async def fail() -> None:
+            raise RuntimeError("engine")
+
+        failed = asyncio.create_task(engine.harvest.run(JOB, 10, 0, fail))
+        await settle()
+        assert isinstance(failed.exception(), RuntimeError)
+        assert engine.harvest.rows == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_row_larger_than_the_cache_goes_alone() -> None:
+    async def scenario() -> None:
+        engine = Engine(tokens=100, idle_s=1000)
+        finish = await engine.online(10)
+        engine.row("large", tokens=1e9)
+        await settle()
+        assert engine.running == {}
+        await finish()
+        assert "large" in engine.running
+
+    asyncio.run(scenario())
+
+
+def test_a_small_job_gets_its_share_at_once_behind_a_large_one() -> None:
+    async def scenario() -> None:
+        engine = Engine(tokens=800)
+        for name in names(100):
+            engine.row(name)
+        await settle()
+        engine.harvest.join("small")
+        for n in range(5):
+            engine.row(f"s{n}", job="small")
+        for name in sorted(engine.running)[:8]:
+            await engine.end(name)
+        assert engine.harvest.running("small") == 4  # every second place that got free
+
+    asyncio.run(scenario())
+
+
+def test_rows_of_a_lower_priority_yield_first_and_come_last() -> None:
+    async def scenario() -> None:
+        engine = Engine()
+        engine.harvest.join("low", priority=10)
+        for n in range(6):
+            engine.row(f"low{n}", job="low")
+        await settle()
+        for name in names(6):
+            engine.row(name)
+        await settle()
+        assert len(engine.running) == 12
+        await engine.online(400)
+        assert sorted(engine.running) == names(5)
+
+    asyncio.run(scenario())
+
+
+def served(weights: dict[str, float], picks: int) -> dict[str, int]:
+    queue: FairQueue[str] = FairQueue()
+    for job, weight in weights.items():
+        queue.join(job, weight)
+        for number in range(picks):
+            queue.push(job, number, job)
+    counts = dict.fromkeys(weights, 0)
+    for _ in range(picks):
+        counts[queue.pop(cost=10)] += 1
+    return counts
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=3), st.integers(1, 20), min_size=1, max_size=6))
+def test_jobs_get_room_by_their_weights(weights: dict[str, int]) -> None:
+    total = sum(weights.values())
+    counts = served({job: float(w) for job, w in weights.items()}, 10 * total)
+    for job, weight in weights.items():
+        assert abs(counts[job] - 10 * weight) <= len(weights)
+
+
+def test_a_job_that_comes_late_does_not_take_what_it_did_not_use() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.join("old")
+    queue.join("new")
+    for number in range(200):
+        queue.push("old", number, "old")
+    for _ in range(100):
+        queue.pop(cost=1)
+    for number in range(100):
+        queue.push("new", number, "new")
+    assert sorted([queue.pop(cost=1) for _ in range(20)]) == ["new"] * 10 + ["old"] * 10
+
+
+# A random life of a replica: rows and requests come and go, and the rules hold at every moment.
+events = st.lists(
+    st.tuples(st.sampled_from(["row", "online", "end", "leave", "step"]), st.integers(1, 400)),
+    max_size=60,
+)
+
+
+@given(events)
+def test_whatever_happens_online_fits_first_and_no_row_is_lost(life: list[tuple[str, int]]) -> None:
+    async def scenario() -> None:
+        engine = Engine()
+        online: list[Callable[[], Coroutine[Any, Any, None]]] = []
+        for n, (event, size) in enumerate(life):
+            engine.now += 0.1
+            if event == "row":
+                engine.row(f"r{n}", tokens=size)
+            elif event == "online" and len(online) < 5:
+                online.append(await engine.online(size))
+            elif event == "end" and engine.running:
+                await engine.end(min(engine.running))
+            elif event == "leave" and online and not engine.admission.crowded:
+                await online.pop(0)()
+            elif event == "step":
+                engine.harvest.step(engine.harvest.rows, size / 10_000)
+            await settle()
+            held = engine.harvest.tokens + engine.admission.used_tokens
+            if engine.admission.running and engine.harvest.rows:
+                assert held <= 1000
+            assert engine.harvest.rows == len(engine.running)
+        if not engine.admission.crowded:
+            for finish in online:
+                await finish()
+            engine.now += 1000
+            while not all(task.done() for task in engine.tasks.values()):
+                engine.harvest.update()
+                await settle()
+                await engine.end(min(engine.running))
+            assert (engine.harvest.rows, engine.harvest.tokens) == (0, 0)
+        else:
+            for task in engine.tasks.values():
+                task.cancel()
+
+    asyncio.run(scenario())

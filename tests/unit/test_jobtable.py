@@ -1,0 +1,252 @@
+"""Which replica works on which shards: leases that end, backups, jobs that come and go."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phi4ray.batch.jobtable import (
+    BACKUP_AFTER_S,
+    DRIVER_SILENT_S,
+    GRACE_S,
+    MAX_LOST,
+    SILENT_S,
+    Job,
+    JobTable,
+    Orders,
+    Report,
+)
+from phi4ray.batch.parts import Receipt, make_receipt
+from phi4ray.batch.worker import Done, WorkerStats
+from phi4ray.config import BatchConfig, EngineConfig
+from phi4ray.errors import EngineDeadError, InputError, Phi4rayError
+
+ENGINE = EngineConfig(kind="fake", model="m")
+CONFIG = BatchConfig(input=("in/",), output="out", engine=ENGINE)
+
+
+def job(name: str = "job", lanes: int = 4) -> Job:
+    return Job(name, CONFIG, "plan", lanes)
+
+
+def receipt(shard: int) -> Receipt:
+    return make_receipt("plan", shard, [], 0, 1)
+
+
+class Replica:
+    """Asks for shards and works on them as it is told to, without an engine."""
+
+    def __init__(self, table: JobTable, name: str) -> None:
+        self.table, self.name = table, name
+        self.known: set[str] = set()
+        self.holding: dict[str, set[int]] = {}
+
+    def exchange(
+        self,
+        now_s: float,
+        wanted: int = 0,
+        finished: tuple[tuple[str, int], ...] = (),
+        failed: tuple[tuple[str, Phi4rayError], ...] = (),
+        done_rows: dict[int, int] | None = None,
+    ) -> Orders:
+        for name, shard in finished:
+            self.holding[name].discard(shard)
+        rows = {shard: Done(rows) for shard, rows in (done_rows or {}).items()}
+        orders = self.table.exchange(
+            Report(
+                self.name,
+                ENGINE,
+                stats={name: WorkerStats(open_shards=rows) for name in self.known},
+                holding={name: frozenset(shards) for name, shards in self.holding.items()},
+                wanted=dict.fromkeys(self.known, wanted),
+                finished=[(name, receipt(shard)) for name, shard in finished],
+                failed=failed,
+            ),
+            now_s,
+        )
+        self.known &= orders.live
+        self.known |= {found.name for found in orders.new}
+        self.holding = {name: self.holding.get(name, set()) for name in self.known}
+        for name, shards in orders.begin.items():
+            self.holding[name] |= set(shards)
+        for name, shards in orders.drop.items():
+            self.holding[name] -= shards
+        return orders
+
+
+def table(*shards: int, now_s: float = 100.0) -> JobTable:
+    found = JobTable(now_s - 2 * GRACE_S)
+    found.submit(job(), shards, now_s)
+    return found
+
+
+def test_a_replica_is_told_of_a_job_and_given_shards_in_order() -> None:
+    found = table(0, 1, 2, 3)
+    a, b = Replica(found, "a"), Replica(found, "b")
+    assert a.exchange(100).begin == {"job": (0,)}
+    assert a.exchange(100, wanted=2).begin == {"job": (1, 2)}
+    assert b.exchange(100).begin == {"job": (3,)}
+    assert b.exchange(100, wanted=5).begin == {"job": ()}
+    assert found.engine == ENGINE
+
+
+def test_receipts_are_told_until_the_driver_says_that_it_has_them() -> None:
+    found = table(0, 1)
+    a = Replica(found, "a")
+    a.exchange(100)
+    a.exchange(100, wanted=1, finished=(("job", 0),))
+    for _ in range(2):
+        news = found.poll("job", 0, 100)
+        assert news is not None
+        assert [one.shard for one in news.receipts] == [0]
+    a.exchange(100, finished=(("job", 1),))
+    news = found.poll("job", 1, 100)
+    assert news is not None
+    assert [one.shard for one in news.receipts] == [1]
+    assert news.stats.keys() == {"a"}
+
+
+def test_the_shards_of_a_silent_replica_go_to_another_one_first_of_all() -> None:
+    found = table(0, 1, 2, 3)
+    a, b = Replica(found, "a"), Replica(found, "b")
+    a.exchange(100)
+    a.exchange(100, wanted=1)
+    b.exchange(101)
+    assert b.exchange(100 + SILENT_S + 1, wanted=3).begin == {"job": (1, 0, 3)}
+    news = found.poll("job", 0, 110)
+    assert news is not None
+    assert news.stats.keys() == {"b"}
+
+
+def test_a_lease_that_the_replica_does_not_hold_ends() -> None:
+    found = table(0)
+    a, b = Replica(found, "a"), Replica(found, "b")
+    a.exchange(100)
+    a.holding["job"].clear()  # the orders were lost on their way
+    for now_s in range(101, 101 + int(SILENT_S) + 1):
+        a.exchange(now_s)
+    assert b.exchange(107).begin == {"job": (0,)}
+
+
+def test_the_slowest_shard_is_given_a_second_time_when_no_other_is_left() -> None:
+    found = table(0, 1)
+    a, b = Replica(found, "a"), Replica(found, "b")
+    a.exchange(100)
+    a.exchange(100, wanted=1)
+    b.exchange(100)
+    late = 101 + BACKUP_AFTER_S
+    a.exchange(late, done_rows={0: 10, 1: 5})
+    assert b.exchange(late, wanted=1).begin == {"job": (1,)}
+    assert a.exchange(late, wanted=1).begin == {"job": ()}  # it has both already
+    # The first that finishes has the other one stop.
+    assert a.exchange(late + 1, finished=(("job", 1),)).drop == {}
+    assert b.exchange(late + 1).drop == {"job": {1}}
+
+
+def test_a_job_that_was_forgotten_is_not_live_any_more() -> None:
+    found = table(0)
+    a = Replica(found, "a")
+    assert a.exchange(100).live == {"job"}
+    found.forget("job")
+    assert a.exchange(100).live == frozenset()
+    assert found.poll("job", 0, 100) is None
+
+
+def test_a_job_whose_driver_is_gone_is_forgotten() -> None:
+    found = table(0)
+    a = Replica(found, "a")
+    assert a.exchange(100).live
+    assert found.poll("job", 0, 101)
+    assert a.exchange(101 + DRIVER_SILENT_S).live
+    assert not a.exchange(102 + DRIVER_SILENT_S).live
+
+
+def test_a_restarted_table_learns_what_replicas_have_in_hand() -> None:
+    before = table(0, 1, 2)
+    a = Replica(before, "a")
+    a.exchange(100)
+    a.exchange(100, wanted=1)
+    a.table = after = JobTable(200)
+    assert a.exchange(200.1).live == {"job"}  # not known, and not to be dropped yet
+    after.submit(job(), [0, 1, 2], 200.2)
+    a.exchange(200.3)
+    b = Replica(after, "b")
+    assert b.exchange(200.4).begin == {"job": (2,)}
+    assert b.exchange(200.5, wanted=3).begin == {"job": ()}
+
+
+def test_the_first_failure_of_a_replica_fails_the_job_and_stops_it() -> None:
+    found = table(0, 1, 2)
+    a = Replica(found, "a")
+    a.exchange(100)
+    a.exchange(100, failed=(("job", InputError("first")), ("job", InputError("second"))))
+    assert a.exchange(100, wanted=1).begin == {}
+    news = found.poll("job", 0, 100)
+    assert news is not None
+    assert str(news.failure) == "first"
+
+
+def test_a_shard_that_takes_replica_after_replica_down_fails_the_job() -> None:
+    found = table(0)
+    now_s = 100.0
+    for n in range(MAX_LOST):
+        assert Replica(found, f"r{n}").exchange(now_s).begin == {"job": (0,)}
+        now_s += SILENT_S + 1
+    Replica(found, "last").exchange(now_s)
+    news = found.poll("job", 0, now_s)
+    assert news is not None
+    with pytest.raises(EngineDeadError, match="shard 0 went down with 8 replicas"):
+        raise news.failure or AssertionError
+
+
+moves = st.lists(
+    st.tuples(st.sampled_from("abc"), st.sampled_from(["want", "finish", "die", "restart"])),
+    max_size=80,
+)
+
+
+@given(moves, st.integers(1, 12))
+def test_whatever_happens_each_shard_is_told_once_and_none_is_left(
+    life: list[tuple[str, str]], shards: int
+) -> None:
+    now_s = 100.0
+    found = table(*range(shards))
+    replicas = {name: Replica(found, name) for name in "abc"}
+    told: list[int] = []
+
+    def poll() -> None:
+        nonlocal seen
+        news = found.poll("job", seen, now_s)
+        if news is None:
+            found.submit(job(), [n for n in range(shards) if n not in told], now_s)
+            seen = 0
+            return
+        seen += len(news.receipts)
+        told.extend(one.shard for one in news.receipts if one.shard not in told)
+
+    seen = 0
+    for name, move in life:
+        now_s += 1
+        replica = replicas[name]
+        if move == "want":
+            replica.exchange(now_s, wanted=2)
+        elif move == "finish" and (held := replica.holding.get("job")):
+            replica.exchange(now_s, finished=(("job", min(held)),))
+        elif move == "die":
+            replicas[name] = Replica(found, name + str(now_s))
+        elif move == "restart":
+            found = JobTable(now_s)
+            for other in replicas.values():
+                other.table = found
+        poll()
+    survivor: Any = Replica(found, "survivor")
+    for _ in range(100 + 10 * shards):
+        now_s += 1
+        held = survivor.holding.get("job") or set()
+        survivor.exchange(now_s, wanted=1, finished=tuple(("job", shard) for shard in held))
+        poll()
+    news = found.poll("job", seen, now_s)
+    assert news is not None
+    if news.failure is None:
+        assert sorted(told) == list(range(shards))

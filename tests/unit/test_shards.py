@@ -1,0 +1,343 @@
+"""Whole batch jobs on replicas that serve online traffic, without Ray: nothing lost or doubled."""
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from phi4ray.batch import jobtable
+from phi4ray.batch import worker as worker_module
+from phi4ray.batch.jobtable import Job, JobTable
+from phi4ray.batch.parts import Receipt
+from phi4ray.batch.plan import Plan
+from phi4ray.batch.run import run_batch
+from phi4ray.batch.worker import WorkerStats
+from phi4ray.config import BatchConfig, Endpoint, EngineConfig
+from phi4ray.errors import InputError, PlanMismatchError
+from phi4ray.fake import FakeReplica, fake_text
+from phi4ray.protocol import Answer, Json
+from phi4ray.serve.admission import Admission, AdmissionConfig
+from phi4ray.serve.harvest import Harvest
+from phi4ray.serve.shards import BATCH_PRIORITY, ShardHost
+from phi4ray.serve.slack import HarvestConfig
+from phi4ray.storage import join, storage_for
+from tests.small_jobs import answers, job, prompts, write_lines
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+ENGINE = EngineConfig(kind="fake", model="tiny", max_num_seqs=8)
+
+
+class Engine(FakeReplica):
+    """Keeps what it was asked, and how many rows it has at once."""
+
+    def __init__(self, **knobs: Any) -> None:
+        super().__init__(ENGINE.model_copy(update={"engine_args": knobs}))
+        self.bodies: list[Json] = []
+        self.most = 0
+
+    async def complete(self, endpoint: Endpoint, body: Json) -> Answer:
+        self.bodies.append(body)
+        self.most = max(self.most, self.kv().running + 1)
+        return await super().complete(endpoint, body)
+
+
+class Replica:
+    """One replica: its engine, its online admission and its door for shards."""
+
+    def __init__(self, name: str, table: Callable[[], JobTable], **knobs: Any) -> None:
+        self.engine = Engine(**knobs)
+        self.admission = Admission(AdmissionConfig(), capacity_tokens=100_000, max_num_seqs=8)
+        self.harvest = Harvest(HarvestConfig(idle_s=0.1), self.admission)
+        self.engine.on_step = self.harvest.step
+        self._host = ShardHost(name, ENGINE, self.engine, self.harvest)
+        self._table = table
+        self._task = asyncio.create_task(self._exchange())
+
+    async def _exchange(self) -> None:
+        while True:
+            report = self._host.report()
+            self._host.obey(report, self._table().exchange(report, time.monotonic()))
+            await asyncio.sleep(0.01)
+
+    def kill(self) -> None:
+        """Its process is gone: nothing it does from now on counts."""
+        self._task.cancel()
+        for running in self._host._jobs.values():
+            running.worker.cancel()
+            for lane in list(running.lanes.values()):
+                lane.cancel()
+
+
+class Fleet:
+    """An `Executor` on replicas of this process, which a scenario lets come and go."""
+
+    def __init__(self, scenario: Callable[["Fleet"], Any]) -> None:
+        self.table = JobTable(time.monotonic() - 100)
+        self.replicas: list[Replica] = []
+        self._made = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._scenario: Future[Any] = self.do(scenario(self))
+
+    def do(self, work: Any) -> "Future[Any]":
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def start(self, **knobs: Any) -> Replica:
+        self._made += 1
+        replica = Replica(f"replica-{self._made}", lambda: self.table, **knobs)
+        self.replicas.append(replica)
+        return replica
+
+    def kill(self, at: int) -> None:
+        self.replicas.pop(at).kill()
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        return map(function, items)
+
+    def stats(self) -> Mapping[str, WorkerStats]:
+        return {}
+
+    def run_shards(
+        self, config: BatchConfig, plan: Plan, pending: Sequence[int]
+    ) -> Iterator[Receipt | None]:
+        found = Job(plan.plan_id + config.output, config, plan.plan_id, 2, config.weight)
+        todo = set(pending)
+        seen = 0
+        self.table.submit(found, sorted(todo), time.monotonic())
+        while todo:
+            news = self.table.poll(found.name, seen, time.monotonic())
+            if news is None:
+                self.table.submit(found, sorted(todo), time.monotonic())
+                seen = 0
+                continue
+            for receipt in news.receipts:
+                seen += 1
+                if receipt.shard in todo:
+                    todo.discard(receipt.shard)
+                    yield receipt
+            if news.failure is not None:
+                raise news.failure
+            yield None
+            time.sleep(0.005)
+        self.table.forget(found.name)
+
+    def close(self) -> None:
+        self._scenario.cancel()
+
+        async def end() -> None:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+        self.do(end()).result(10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobtable, "SILENT_S", 0.3)
+    monkeypatch.setattr(jobtable, "BACKUP_AFTER_S", 0.5)
+    monkeypatch.setattr(worker_module, "BACKOFF_S", 0.0)
+
+
+@pytest.fixture
+def fleet() -> Iterator[Callable[..., Fleet]]:
+    made: list[Fleet] = []
+
+    def make(scenario: Callable[[Fleet], Any]) -> Fleet:
+        made.append(Fleet(scenario))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def planned(folder: Path, rows: int, **changes: Any) -> BatchConfig:
+    write_lines(folder / "in" / "a.jsonl", prompts(rows))
+    return job(folder, engine={"max_num_seqs": 8}, shard_rows=5, **changes)
+
+
+def finish(config: BatchConfig, on: Fleet) -> list[dict[str, Any]]:
+    """Run a job; gives its rows, each of which is answered."""
+    import io
+
+    from rich.console import Console
+
+    run_batch(config, on, Console(file=io.StringIO()))
+    rows = answers(config)
+    assert all(row["error_code"] is None for row in rows)
+    assert all(row["text"] == fake_text(f"prompt {row['n']}") for row in rows)
+    return rows
+
+
+def test_a_job_runs_on_the_replicas_of_a_service(
+    tmp_path: Path, fleet: Callable[..., Fleet]
+) -> None:
+    async def scenario(on: Fleet) -> None:
+        on.start()
+        on.start()
+
+    on = fleet(scenario)
+    rows = finish(planned(tmp_path, 103), on)
+    assert [row["n"] for row in rows] == list(range(103))
+    bodies = [body for replica in on.replicas for body in replica.engine.bodies]
+    assert len(bodies) == 103
+    assert {body["priority"] for body in bodies} == {BATCH_PRIORITY}
+
+
+def test_each_row_is_answered_once_while_replicas_come_go_and_are_busy(
+    tmp_path: Path, fleet: Callable[..., Fleet]
+) -> None:
+    chance = random.Random(7)
+    events = {"killed": 0, "restarted": 0, "bursts": 0}
+
+    async def burst(replica: Replica) -> None:
+        async with replica.admission.admit(95_000):
+            await asyncio.sleep(0.1)
+
+    async def scenario(on: Fleet) -> None:
+        on.start(latency_s=0.02)
+        on.start(latency_s=0.02)
+        bursts = set()
+        while True:
+            await asyncio.sleep(0.15)
+            replica = chance.choice(on.replicas)
+            bursts.add(asyncio.create_task(burst(replica)))
+            events["bursts"] += 1
+            move = chance.random()
+            if move < 0.25:
+                on.kill(on.replicas.index(replica))
+                on.start(latency_s=0.02)
+                events["killed"] += 1
+            elif move < 0.4:
+                on.table = JobTable(time.monotonic())
+                events["restarted"] += 1
+
+    on = fleet(scenario)
+    rows = finish(planned(tmp_path, 1000), on)
+    assert [row["n"] for row in rows] == list(range(1000))
+    assert min(events.values()) >= 2
+
+
+def test_a_burst_of_online_requests_stops_batch_and_no_row_becomes_an_error(
+    tmp_path: Path, fleet: Callable[..., Fleet]
+) -> None:
+    seen: list[int] = []
+
+    async def scenario(on: Fleet) -> None:
+        replica = on.start(latency_s=0.05)
+        while not replica.engine.kv().running:
+            await asyncio.sleep(0.005)
+        async with replica.admission.admit(100_000):
+            await asyncio.sleep(0.01)
+            seen.append(replica.engine.kv().running)
+            await asyncio.sleep(0.2)
+            seen.append(replica.engine.kv().running)
+        seen.append(replica.harvest.aborted)
+
+    on = fleet(scenario)
+    rows = finish(planned(tmp_path, 60), on)
+    assert len(rows) == 60
+    assert seen[:2] == [0, 0]
+    assert seen[2] > 0
+    assert {row["attempts"] for row in rows} == {1}
+
+
+def test_waiting_for_slack_is_not_under_the_timeout_of_a_row(
+    tmp_path: Path, fleet: Callable[..., Fleet]
+) -> None:
+    async def scenario(on: Fleet) -> None:
+        replica = on.start()
+        async with replica.admission.admit(100_000):
+            await asyncio.sleep(0.4)
+
+    rows = finish(planned(tmp_path, 10, request_timeout_s=0.2), fleet(scenario))
+    assert len(rows) == 10
+
+
+def test_a_replica_is_not_given_more_rows_than_its_engine_has_places(
+    tmp_path: Path, fleet: Callable[..., Fleet]
+) -> None:
+    async def scenario(on: Fleet) -> None:
+        on.start(latency_s=0.01)
+
+    on = fleet(scenario)
+    finish(planned(tmp_path, 100), on)
+    assert on.replicas[0].engine.most == 10  # eight, and a quarter more that wait in the engine
+
+
+def test_two_jobs_share_the_replicas(tmp_path: Path, fleet: Callable[..., Fleet]) -> None:
+    async def scenario(on: Fleet) -> None:
+        on.start(latency_s=0.01)
+
+    on = fleet(scenario)
+    large, small = planned(tmp_path / "large", 2000), planned(tmp_path / "small", 20)
+    thread = threading.Thread(target=finish, args=(large, on), daemon=True)
+    thread.start()
+    while not on.replicas or not on.replicas[0].engine.bodies:
+        time.sleep(0.01)
+    finish(small, on)
+    assert thread.is_alive()  # the small one came last and was done first
+    thread.join(60)
+    assert len(answers(large)) == 2000
+
+
+def test_an_error_of_a_shard_fails_the_job_with_its_own_type(
+    tmp_path: Path, fleet: Callable[..., Fleet]
+) -> None:
+    async def scenario(on: Fleet) -> None:
+        on.start(latency_s=0.02)
+
+    config = planned(tmp_path, 500)
+
+    class Meddled(Fleet):
+        def run_shards(self, *args: Any) -> Iterator[Receipt | None]:
+            (tmp_path / "in" / "a.jsonl").write_text("changed\n")
+            yield from super().run_shards(*args)
+
+    on = Meddled(scenario)
+    try:
+        with pytest.raises(InputError, match=r"a\.jsonl"):
+            finish(config, on)
+    finally:
+        on.close()
+
+
+def test_a_plan_that_was_replaced_fails_the_job(
+    tmp_path: Path, fleet: Callable[..., Fleet]
+) -> None:
+    async def scenario(on: Fleet) -> None:
+        on.start()
+
+    config = planned(tmp_path, 50)
+    other = planned(tmp_path / "other", 60)
+
+    class Meddled(Fleet):
+        def run_shards(
+            self, config: BatchConfig, plan: Plan, pending: Sequence[int]
+        ) -> Iterator[Receipt | None]:
+            uri = join(config.output, "_plan.json")
+            text = storage_for(uri).read(uri).replace(plan.plan_id.encode(), b"0123456789ab")
+            Path(uri).write_bytes(text)
+            yield from super().run_shards(config, plan, pending)
+
+    on = Meddled(scenario)
+    try:
+        with pytest.raises(PlanMismatchError):
+            finish(config, on)
+        assert len(finish(other, fleet(scenario))) == 60
+    finally:
+        on.close()

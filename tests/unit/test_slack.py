@@ -1,0 +1,156 @@
+"""What online traffic leaves for batch rows: tokens above a reserve, and steps that stay short."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phi4ray.serve.slack import HarvestConfig, RecentPeak, Slack, StepControl, slack
+
+CAPACITY = 1000.0
+
+
+def left(**changes: float | bool) -> Slack:
+    """The slack of a replica of 1,000 tokens and 100 sequences, online traffic on it."""
+    reserve = changes.pop("reserve_fraction", 0.1)
+    given_: dict[str, object] = {
+        "capacity_tokens": CAPACITY, "max_num_seqs": 100, "online_tokens": 0.0,
+        "online_sequences": 0, "recent_tokens": 0.0, "step_sequences": 1000.0, "idle": False,
+        "crowded": False, **changes,
+    }  # fmt: skip
+    return slack(HarvestConfig(reserve_fraction=float(reserve)), **given_)  # type: ignore[arg-type]
+
+
+def test_batch_gets_what_is_free_above_the_reserve() -> None:
+    assert left(online_tokens=300, recent_tokens=300).tokens == 600
+
+
+def test_what_online_requests_held_lately_is_kept_for_them() -> None:
+    assert left(online_tokens=300, recent_tokens=500).tokens == 400
+
+
+def test_rows_are_aborted_only_when_online_requests_need_their_tokens() -> None:
+    assert left(online_tokens=300, recent_tokens=800).keep_tokens == 700
+
+
+def test_sequences_are_what_a_step_of_the_wanted_length_has_room_for() -> None:
+    found = left(online_sequences=10, step_sequences=50)
+    assert (found.sequences, found.keep_sequences) == (40, 40)
+    assert left(online_sequences=60, step_sequences=50).keep_sequences == 0
+
+
+def test_a_waiting_online_request_ends_all_batch() -> None:
+    assert left(crowded=True) == Slack(0, 0, 0, 0)
+
+
+def test_an_idle_replica_is_filled_and_a_few_rows_wait_in_its_engine() -> None:
+    assert left(idle=True, recent_tokens=900, step_sequences=3) == Slack(1250, 125, 1250, 125)
+
+
+load = st.floats(0, 2 * CAPACITY)
+
+
+@given(load, load, st.integers(0, 200), st.floats(0, 300), st.booleans(), st.booleans())
+def test_batch_never_gets_more_than_may_stay(
+    online: float, recent: float, sequences: int, step: float, idle: bool, crowded: bool
+) -> None:
+    found = left(
+        online_tokens=online, recent_tokens=max(online, recent), online_sequences=sequences,
+        step_sequences=step, idle=idle, crowded=crowded,
+    )  # fmt: skip
+    assert 0 <= found.tokens <= found.keep_tokens
+    assert 0 <= found.sequences <= found.keep_sequences
+    if not idle:
+        assert found.keep_tokens <= max(0, CAPACITY - online)
+
+
+@given(load, load, st.integers(0, 99), st.floats(0, 300))
+def test_more_online_load_never_leaves_more(
+    one: float, other: float, sequences: int, step: float
+) -> None:
+    low, high = sorted((one, other))
+    before = left(online_tokens=low, online_sequences=sequences, step_sequences=step)
+    after = left(online_tokens=high, online_sequences=sequences + 1, step_sequences=step)
+    assert after.tokens <= before.tokens
+    assert after.sequences <= before.sequences
+
+
+def test_a_peak_counts_half_after_each_half_life() -> None:
+    peak = RecentPeak(10)
+    assert [peak.observe(v, t) for v, t in ((100, 0), (10, 10), (10, 20), (60, 21))] == [
+        100, 50, 25, 60,
+    ]  # fmt: skip
+
+
+class Engine:
+    """Steps of `fixed + each * sequences + prompt * prompt tokens` seconds; batch fed by control.
+
+    Rows have 512 tokens of prompt and 256 of answer, and are never short.
+    """
+
+    def __init__(self, target_s: float, fixed_s: float, each_s: float, prompt_s: float) -> None:
+        self.control = StepControl(target_s, 2048)
+        self.fixed_s, self.each_s, self.prompt_s = fixed_s, each_s, prompt_s
+        self.left: list[int] = []
+        self.finished = self.aborted = 0
+        self.steps: list[float] = []
+
+    def step(self, online: int) -> None:
+        while len(self.left) > max(0.0, self.control.keep - online):
+            self.left.pop()
+            self.aborted += 1
+        prompts = 0
+        while self.control.ready and len(self.left) + online < 1024:
+            self.control.feed(512)
+            self.left.append(256)
+            prompts += 512
+        running = len(self.left) + online
+        self.steps.append(self.fixed_s + self.each_s * running + self.prompt_s * prompts)
+        self.control.observe(self.steps[-1], running)
+        self.left = [left - 1 for left in self.left]
+        self.finished += self.left.count(0)
+        self.left = [left for left in self.left if left]
+
+    def run(self, seconds: float, online: int) -> float:
+        """Steps for so long; gives their mean length over the second half."""
+        until = sum(self.steps) + seconds
+        begin, at = len(self.steps), sum(self.steps)
+        while at < until:
+            self.step(online)
+            at += self.steps[-1]
+        half = self.steps[(begin + len(self.steps)) // 2 :]
+        return sum(half) / len(half)
+
+
+@given(
+    st.floats(0.003, 0.01), st.floats(1e-5, 1e-4), st.floats(5e-6, 5e-5), st.floats(0.02, 0.08),
+    st.integers(0, 40),
+)  # fmt: skip
+@settings(max_examples=20)
+def test_steps_beside_batch_last_as_long_as_they_may_and_no_work_is_thrown_away(
+    fixed_s: float, each_s: float, prompt_s: float, target_s: float, online: int
+) -> None:
+    engine = Engine(target_s, fixed_s, each_s, prompt_s)
+    mean_s = engine.run(120, online)
+    full_s = fixed_s + each_s * 1024 + prompt_s * 2048
+    assert mean_s <= 1.1 * target_s
+    if full_s > 2 * target_s and 2 * (fixed_s + each_s * online) < target_s:
+        assert mean_s >= 0.8 * target_s
+    assert engine.aborted <= 0.05 * engine.finished + 20
+
+
+def test_when_online_requests_make_steps_too_long_rows_go_and_come_back_afterwards() -> None:
+    engine = Engine(0.04, fixed_s=0.005, each_s=1e-4, prompt_s=2.5e-5)
+    engine.run(60, online=10)
+    before = len(engine.left)
+    assert before > 50
+    engine.run(5, online=500)
+    assert engine.left == []
+    engine.run(60, online=10)
+    assert len(engine.left) > 0.8 * before
+
+
+def test_an_engine_that_does_not_tell_its_steps_gets_prompts_at_each() -> None:
+    control = StepControl(0.05, 1000)
+    control.feed(1000)
+    assert not control.ready
+    control.rest()
+    assert control.ready
