@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from pydantic import Field
+
 from phi4ray.config import Config
 from phi4ray.errors import ConfigError
 
@@ -19,6 +21,8 @@ class Recipe(Config):
     description: str
     gpu: str | None
     settings: Mapping[str, Any]
+    autoscaling: Mapping[str, Any] = Field(default_factory=dict)
+    """What is known of its speed, for `phi4ray.serve.autoscaling.AutoscalingPolicyConfig`."""
 
 
 # Phi-4's own advice for reasoning-free use is to sample little; its answers to exams were taken at
@@ -44,6 +48,9 @@ _RECIPES = (
             },
             "sampling": _PHI4_SAMPLING,
         },
+        # Measured (benchmarks/RESULTS.md): prompts of 500 tokens with answers of 250. A token takes
+        # 5 ms alone, and 30 ms when six times slower.
+        autoscaling={"half_speed_tokens": 34_000.0, "target_slowdown": 6.0},
     ),
     Recipe(
         name="phi4-bf16-h200",
