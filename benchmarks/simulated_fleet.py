@@ -145,16 +145,21 @@ class Fleet:
         return [replica.told(self.now, self.speed) for replica in self.ready]
 
     @property
+    def missed(self) -> int:
+        """Requests that were not served well."""
+        return self.late + self.turned_away
+
+    @property
     def within(self) -> float:
-        """Share of the requests that were served well."""
-        return self.good / max(1, self.good + self.late + self.turned_away)
+        """Share of the requests that were."""
+        return self.good / max(1, self.good + self.missed)
 
     def run(self, arrivals: Iterable[Arrival], end_s: float, most_missed: float = math.inf) -> None:
         """Until the end, or until so many requests missed the objective."""
         coming = iter(arrivals)
         arrival = next(coming, None)
         look, ready = 0.0, self.ready
-        while self.late + self.turned_away <= most_missed:
+        while self.missed <= most_missed:
             first = min(self.replicas, key=lambda r: r.ends_at, default=None)
             ends = first.ends_at if first else math.inf
             arrives = arrival.at_s if arrival else math.inf

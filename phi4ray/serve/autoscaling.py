@@ -34,8 +34,10 @@ CAUSES: Final[tuple[Cause, ...]] = get_args(Cause)
 `bounds`: more or fewer are needed, but the window or the configuration does not let."""
 
 SPEED_HALF_LIFE_S = 300.0
-NOISE_WINDOWS = 5
+NOISE_WINDOWS = 6
 NOISE_DEVIATIONS = 3.0
+"""What is usual, and its noise, are known from so many times `trend_s`; a rise is above both."""
+
 QUIET_TOKENS_PER_S = 1.0
 
 
@@ -62,9 +64,9 @@ class AutoscalingPolicyConfig(Config):
     dead_band: float = Field(
         0.1, ge=0, description="Demand may grow by this share before a replica given up is missed"
     )
-    trend_s: float = Field(30.0, gt=0, description="Time over which a rise of work is measured")
+    trend_s: float = Field(20.0, gt=0, description="Time over which a rise of work is measured")
     trend_growth: float = Field(
-        0.2, ge=0, description="Share above the usual from which on work is taken to rise"
+        0.35, ge=0, description="Share above the usual from which on work is taken to rise"
     )
     lookahead_s: float = Field(
         100.0, ge=0, description="A rise is taken to go on so long: as a replica takes to start"
@@ -158,10 +160,11 @@ def _rise(
     config: AutoscalingPolicyConfig, looks: Sequence[_Look], work: float, now_s: float
 ) -> float:
     """What work will have grown by when replicas ordered now have started; 0 if that is noise."""
-    past = [look for look in looks if look.at_s <= now_s - config.trend_s]
-    lately = [look for look in looks if 0.5 <= (now_s - look.at_s) / config.trend_s <= 1.5]
-    if not lately or len(past) < 2 or past[0].at_s > now_s - 0.5 * NOISE_WINDOWS * config.trend_s:
-        return 0.0
+    aged = [((now_s - look.at_s) / config.trend_s, look) for look in looks]
+    past = [look for age, look in aged if 1.0 <= age <= NOISE_WINDOWS]
+    lately = [look for age, look in aged if 0.5 <= age <= 1.5]
+    if not lately or not past or aged[0][0] < NOISE_WINDOWS / 2:
+        return 0.0  # not known for long enough
     usual = fmean(look.work for look in past)
     deviation = math.sqrt(fmean((look.work - usual) ** 2 for look in past))
     least = max(usual * config.trend_growth, NOISE_DEVIATIONS * deviation)
