@@ -33,7 +33,7 @@ RECIPE = "phi4-fp8-h200"
 EPOCH = 1_800_000_000.0
 
 Policy = Callable[[Fleet], int]
-Shape = Callable[[float, float], Callable[[float], float]]
+Shape = Callable[[float, float, int], Callable[[float], float]]
 
 
 def static(fleet: Fleet) -> int:
@@ -94,9 +94,9 @@ def serves_own(target_ongoing_requests: int, most: int) -> Policy:
     return policy
 
 
-def day(hours: float, peak: float) -> Callable[[float], float]:
+def day(hours: float, peak: float, seed: int) -> Callable[[float], float]:
     """Requests a second: from a fifth of the peak at night to the peak at noon, with noise."""
-    noise = random.Random(1)
+    noise = random.Random(1 + 10 * seed)
     minutes = [noise.lognormvariate(0, 0.08) for _ in range(int(hours * 60) + 2)]
 
     def rate(at: float) -> float:
@@ -106,9 +106,9 @@ def day(hours: float, peak: float) -> Callable[[float], float]:
     return rate
 
 
-def bursts(hours: float, peak: float) -> Callable[[float], float]:
+def bursts(hours: float, peak: float, seed: int) -> Callable[[float], float]:
     """A quarter of the peak, and now and then a rise to it within two minutes, for some while."""
-    chance = random.Random(2)
+    chance = random.Random(2 + 10 * seed)
     spans: list[tuple[float, float]] = []
     at = 900.0
     while at < hours * 3600:
@@ -124,9 +124,11 @@ def bursts(hours: float, peak: float) -> Callable[[float], float]:
     return rate
 
 
-def arrivals(rate: Callable[[float], float], most: float, end_s: float) -> Iterator[Arrival]:
+def arrivals(
+    rate: Callable[[float], float], most: float, end_s: float, seed: int
+) -> Iterator[Arrival]:
     """A Poisson process thinned to the rate; prompts and answers of log-normal lengths."""
-    chance = random.Random(3)
+    chance = random.Random(3 + 10 * seed)
     at = 0.0
     while True:
         at += chance.expovariate(most / COHORT)
@@ -150,12 +152,14 @@ def simulate(
     return fleet
 
 
-def compare(trace: str, shape: Shape, hours: float, peak: float) -> Iterator[dict[str, Any]]:
+def compare(
+    trace: str, shape: Shape, hours: float, peak: float, seed: int
+) -> Iterator[dict[str, Any]]:
     """What each policy does on one trace."""
     end_s = hours * 3600
-    rate = shape(hours, peak)
+    rate = shape(hours, peak, seed)
     most = max(rate(float(at)) for at in range(0, int(end_s), 30)) * 1.05
-    coming = list(arrivals(rate, most, end_s))
+    coming = list(arrivals(rate, most, end_s, seed))
     # Static peak: the fewest replicas that keep the objective over the whole trace.
     missed = 0.01 * len(coming)
     replicas = next(
@@ -191,12 +195,13 @@ def main() -> None:
     )
     parser.add_argument("--hours", type=float, default=6.0)
     parser.add_argument("--peak", type=float, default=180.0, help="requests a second [180]")
+    parser.add_argument("--seed", type=int, default=0, help="another drawing of the traces [0]")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     results = [
         result
         for trace, shape in (("day", day), ("bursts", bursts))
-        for result in compare(trace, shape, arguments.hours, arguments.peak)
+        for result in compare(trace, shape, arguments.hours, arguments.peak, arguments.seed)
     ]
     if arguments.json:
         print(json.dumps(results, indent=1))
@@ -216,7 +221,7 @@ def main() -> None:
             r["trace"], r["policy"], f"{r['within']:.2%}", f"{r['turned_away']:.2%}",
             f"{r['replica_hours']:,.0f}", f"{r['of_peak']:.1%}", str(r["most"]), str(r["changes"]),
         )  # fmt: skip
-    Console(width=100).print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":
