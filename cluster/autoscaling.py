@@ -8,10 +8,10 @@ from typing import Any
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 from ray.util.metrics import Gauge
 
-from phi4ray.serve.autoscaling import AutoscalingPolicyConfig, ReplicaLoad, decide
+from phi4ray.serve.autoscaling import CAUSES, AutoscalingPolicyConfig, ReplicaLoad, decide
 
 STATS_S = 1.0
-STATS = ("capacity_tokens", "used_tokens", "queued_tokens")
+STATS = tuple(field.name for field in dataclasses.fields(ReplicaLoad))
 
 logger = logging.getLogger("ray.serve")
 
@@ -30,8 +30,13 @@ class ScaleByTokens:
 
     def __init__(self, policy: Mapping[str, Any]) -> None:
         self._config = AutoscalingPolicyConfig.model_validate(policy)
-        self._gauge = Gauge(
+        self._desired = Gauge(
             "phi4ray_desired_replicas", "Replicas that autoscaling wants", ("application",)
+        )
+        self._cause = Gauge(
+            "phi4ray_desired_replicas_cause",
+            "1 for why it wants as many as it last decided, 0 for the other causes",
+            ("application", "cause"),
         )
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
@@ -53,10 +58,19 @@ class ScaleByTokens:
             now_s=context.current_time,
             state=context.policy_state,
         )
-        self._gauge.set(decision.replicas, tags={"application": context.app_name or ""})
+        application = {"application": context.app_name or ""}
+        self._desired.set(decision.replicas, tags=application)
+        for cause in CAUSES:
+            self._cause.set(float(cause == decision.cause), tags={**application, "cause": cause})
         if decision.replicas != now:
             # Serve's controller shows warnings and keeps the rest in a file.
-            logger.warning("%d -> %d replicas: %s", now, decision.replicas, decision.reason)
+            logger.warning(
+                "%d -> %d replicas (%s): %s",
+                now,
+                decision.replicas,
+                decision.cause,
+                decision.reason,
+            )
         return decision.replicas, decision.state
 
 

@@ -93,7 +93,13 @@ class Phi4Replica:
         """What `cluster.autoscaling` decides by."""
         admission = self._app.admission
         return load_stats(
-            ReplicaLoad(admission.capacity_tokens, admission.used_tokens, admission.queued_tokens)
+            ReplicaLoad(
+                admission.capacity_tokens,
+                admission.used_tokens,
+                admission.queued_tokens,
+                admission.arrived_tokens_per_s,
+                admission.released_tokens_per_s,
+            )
         )
 
     def record_routing_stats(self) -> dict[str, float]:

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pydantic import Field
 
 from phi4ray.config import Config
+from phi4ray.serve.rate import Rate
 
 LONGEST_RETRY_S = 60
-RATE_HALF_LIFE_S = 10.0
 
 
 class AdmissionConfig(Config):
@@ -89,7 +89,7 @@ class Admission:
         self._clock = clock
         self._queue: list[_Place] = []
         self._arrivals = itertools.count()
-        self._released = _Rate()
+        self._arrived, self._released = Rate(), Rate()
         self.on_change: Callable[[], None] = _nothing
         """Called whenever a request comes, begins or goes."""
 
@@ -108,6 +108,16 @@ class Admission:
         """Their demand."""
         return sum(place.tokens for place in self._queue if not place.granted.done())
 
+    @property
+    def arrived_tokens_per_s(self) -> float:
+        """Demand of the requests that come, those that are turned away included."""
+        return self._arrived.per_s(self._clock())
+
+    @property
+    def released_tokens_per_s(self) -> float:
+        """Demand of the requests that end."""
+        return self._released.per_s(self._clock())
+
     def has_room(self, tokens: float) -> bool:
         """Whether a request of this demand would not have to wait."""
         return not self._queue and self._fits(min(tokens, self.capacity_tokens))
@@ -124,6 +134,7 @@ class Admission:
         """
         tokens = min(tokens, self.capacity_tokens)
         began = self._clock()
+        self._arrived.add(tokens, began)
         await self._acquire(tokens, priority)
         waited_s = self._clock() - began
         self.totals.admitted += 1
@@ -211,25 +222,3 @@ class Admission:
 
 def _nothing() -> None:
     pass
-
-
-class _Rate:
-    """An exponentially weighted rate: each addition counts half after `RATE_HALF_LIFE_S`."""
-
-    def __init__(self) -> None:
-        self._sum = 0.0
-        self._at: float | None = None
-
-    def _decay(self, now: float) -> None:
-        if self._at is not None:
-            self._sum *= 0.5 ** (max(0.0, now - self._at) / RATE_HALF_LIFE_S)
-        self._at = now
-
-    def add(self, amount: float, now: float) -> None:
-        self._decay(now)
-        self._sum += amount
-
-    def per_s(self, now: float) -> float:
-        self._decay(now)
-        # The integral of the weights over all the past.
-        return self._sum * math.log(2) / RATE_HALF_LIFE_S

@@ -1,68 +1,77 @@
 """How many replicas there should be, from the tokens of KV cache that requests need. Pure.
 
 Ray Serve's own policy counts requests, which says little where one request needs a hundred times
-the memory of another. This one counts tokens: what admitted requests hold and what waiting ones
-will hold, against a target share of the replicas' KV caches. Replicas that are starting count as
-if they were there, so that a backlog does not order more and more of them. Up is fast, because
-requests wait; down is slow, because starting again costs minutes.
+the memory of another. This one counts tokens, but not only those in flight. A step of an engine
+takes t0 + n * t for n tokens, so requests on a replica take 1 + n / half_speed_tokens times as long
+as alone, and it is busy to n / (n + half_speed_tokens) (processor sharing). Where replicas are
+added, each has fewer tokens and is done with them sooner: tokens in flight fall faster than
+replicas grow, and a policy that takes them for the demand orders too many, then gives too many
+back, and so on for ever. What does not depend on the number of replicas is the work that arrives:
+
+    tokens that arrive a second / tokens that a busy replica releases a second
+
+The latter is learned from the running fleet, over minutes. Beside arriving work count a backlog,
+and a rise that will go on while replicas start. Starting replicas count as if they were there, so
+that nothing is ordered twice. Up is fast, because requests wait; down is slow, because starting
+again costs minutes.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, time
-from typing import Any, Literal
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+from statistics import fmean
+from typing import Any, Final, Literal, NamedTuple, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from phi4ray.config import Config
+from phi4ray.serve.schedule import Window
 
-Weekday = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
-WEEKDAYS: tuple[Weekday, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+Cause = Literal["steady", "demand", "backlog", "trend", "idle", "held", "schedule", "bounds"]
+CAUSES: Final[tuple[Cause, ...]] = get_args(Cause)
+"""`demand`, `backlog`, `trend`: more are needed for what arrives, what waits, what will arrive.
+`idle`: fewer were needed for a while. `held`: a request waits for the first replica. `schedule`,
+`bounds`: more or fewer are needed, but the window or the configuration does not let."""
 
+SPEED_HALF_LIFE_S = 300.0
+NOISE_WINDOWS = 6
+NOISE_DEVIATIONS = 3.0
+"""What is usual, and its noise, are known from so many times `trend_s`; a rise is above both."""
 
-class Window(Config):
-    """Other bounds for a part of the day; one that ends before it starts goes over midnight."""
-
-    days: tuple[Weekday, ...] = Field(WEEKDAYS, min_length=1, description="Days on which it starts")
-    start: time = Field(description="Local time, as '08:00'")
-    end: time = Field(description="Local time, as '20:00'")
-    timezone: str = Field("UTC", description="As 'Europe/Berlin'")
-    min_replicas: int = Field(ge=0)
-    max_replicas: int | None = Field(None, ge=1, description="None: as outside of the window")
-
-    @field_validator("timezone")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        try:
-            ZoneInfo(name)
-        except (ZoneInfoNotFoundError, ValueError) as error:
-            raise ValueError(f"there is no time zone {name!r}") from error
-        return name
-
-    def holds(self, now_s: float) -> bool:
-        """Whether a moment, in Unix seconds, lies in the window."""
-        now = datetime.fromtimestamp(now_s, ZoneInfo(self.timezone))
-        clock, today = now.time(), now.weekday()
-        if self.start <= self.end:
-            return self.start <= clock < self.end and WEEKDAYS[today] in self.days
-        if clock >= self.start:
-            return WEEKDAYS[today] in self.days
-        return clock < self.end and WEEKDAYS[today - 1] in self.days
+QUIET_TOKENS_PER_S = 1.0
 
 
 class AutoscalingPolicyConfig(Config):
-    """Bounds, target and pace."""
+    """Bounds, target and pace. The defaults do for engines whose speed was never measured."""
 
     min_replicas: int = Field(1, ge=0, description="0: none while nobody asks")
     max_replicas: int = Field(1, ge=1)
     target_occupancy: float = Field(
-        0.7, gt=0, le=1, description="Share of the KV caches that demand should fill"
+        0.7, gt=0, le=1, description="Share of a KV cache that demand should fill at most"
+    )
+    target_slowdown: float = Field(
+        4.0, gt=1, description="How many times as long as alone a request should take at most"
+    )
+    half_speed_tokens: float = Field(
+        20_000.0,
+        gt=0,
+        description="Tokens in flight at which a request takes twice as long as alone. Rather too "
+        "few than too many: the count then moves in smaller steps, else it may swing",
+    )
+    headroom_replicas: float = Field(
+        0.5, ge=0, description="Kept free for a sudden rise, beside what the targets leave"
     )
     dead_band: float = Field(
         0.1, ge=0, description="Demand may grow by this share before a replica given up is missed"
     )
+    trend_s: float = Field(20.0, gt=0, description="Time over which a rise of work is measured")
+    trend_growth: float = Field(
+        0.35, ge=0, description="Share above the usual from which on work is taken to rise"
+    )
+    lookahead_s: float = Field(
+        100.0, ge=0, description="A rise is taken to go on so long: as a replica takes to start"
+    )
+    drain_s: float = Field(60.0, gt=0, description="A backlog should be worked off in this time")
     upscale_delay_s: float = Field(0.0, ge=0, description="Demand must last so long first")
     downscale_delay_s: float = Field(300.0, ge=0, description="So must its absence")
     downscale_to_zero_delay_s: float = Field(600.0, ge=0, description="And so must silence")
@@ -81,9 +90,13 @@ class AutoscalingPolicyConfig(Config):
             return self.min_replicas, self.max_replicas
         return window.min_replicas, window.max_replicas or self.max_replicas
 
+    def window(self, now_s: float) -> Window | None:
+        """The window that holds at a moment."""
+        return next((window for window in self.schedule if window.holds(now_s)), None)
+
     def bounds(self, now_s: float) -> tuple[int, int]:
         """Fewest and most replicas at a moment."""
-        return self._bounds(next((w for w in self.schedule if w.holds(now_s)), None))
+        return self._bounds(self.window(now_s))
 
     @property
     def widest(self) -> tuple[int, int]:
@@ -94,20 +107,72 @@ class AutoscalingPolicyConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLoad:
-    """What a replica tells of itself: KV capacity, and the expected demand on it."""
+    """What a replica tells of itself: its KV capacity, and the expected demand of requests.
+
+    Used is what admitted ones hold, queued what waiting ones will hold. Those that were turned
+    away have arrived too.
+    """
 
     capacity_tokens: float
     used_tokens: float
     queued_tokens: float
+    arrived_tokens_per_s: float
+    released_tokens_per_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """How many replicas, in words why, and what to hand to the next decision (JSON)."""
+    """How many replicas, why in a word and in words, and what the next decision needs (JSON)."""
 
     replicas: int
+    cause: Cause
     reason: str
     state: dict[str, Any]
+
+
+class _Look(NamedTuple):
+    """What one look found: arriving work, and replicas wanted by it for going up and down."""
+
+    at_s: float
+    work: float
+    up: int
+    down: int
+
+
+class _Speed(NamedTuple):
+    """What busy replicas have released, with a half-life of `SPEED_HALF_LIFE_S`."""
+
+    at_s: float
+    released_tokens: float
+    busy_s: float
+
+    def then(self, released_tokens_per_s: float, busy: float, now_s: float) -> "_Speed":
+        passed_s = max(0.0, min(now_s - self.at_s, SPEED_HALF_LIFE_S))
+        kept = 0.5 ** (passed_s / SPEED_HALF_LIFE_S)
+        return _Speed(
+            now_s,
+            kept * self.released_tokens + passed_s * released_tokens_per_s,
+            kept * self.busy_s + passed_s * busy,
+        )
+
+
+def _rise(
+    config: AutoscalingPolicyConfig, looks: Sequence[_Look], work: float, now_s: float
+) -> float:
+    """What work will have grown by when replicas ordered now have started; 0 if that is noise."""
+    aged = [((now_s - look.at_s) / config.trend_s, look) for look in looks]
+    past = [look for age, look in aged if 1.0 <= age <= NOISE_WINDOWS]
+    lately = [look for age, look in aged if 0.5 <= age <= 1.5]
+    if not lately or not past or aged[0][0] < NOISE_WINDOWS / 2:
+        return 0.0  # not known for long enough
+    usual = fmean(look.work for look in past)
+    deviation = math.sqrt(fmean((look.work - usual) ** 2 for look in past))
+    least = max(usual * config.trend_growth, NOISE_DEVIATIONS * deviation)
+    if work <= usual + least:
+        return 0.0
+    passed_s = now_s - fmean(look.at_s for look in lately)
+    slope = (work - fmean(look.work for look in lately)) / passed_s
+    return max(0.0, slope * config.lookahead_s)
 
 
 def decide(
@@ -124,59 +189,93 @@ def decide(
     `loads` are of the replicas that run, `target` is how many were last asked for (those still
     starting included), `held_requests` are waiting outside because no replica is there.
 
-    wanted = demand / (target_occupancy * capacity of one), rounded up. More than `target`: after
-    `upscale_delay_s` that many, the fewest wanted in that time. Less, even with `dead_band` more
-    demand: the most wanted within `downscale_delay_s`.
+    wanted = (arriving work + backlog + rise) / (busy share at the targets) + headroom, rounded up.
+    More than `target`: after `upscale_delay_s` that many, the fewest wanted in that time. Less,
+    even with `dead_band` more work: the most wanted within `downscale_delay_s`.
     """
     known = [load.capacity_tokens for load in loads if load.capacity_tokens > 0]
-    capacity = sum(known) / len(known) if known else float(state.get("capacity_tokens", 0.0))
-    demand = sum(load.used_tokens + load.queued_tokens for load in loads)
-    least, most = config.bounds(now_s)
+    capacity = fmean(known) if known else float(state.get("capacity_tokens", 0.0))
+    half = config.half_speed_tokens
+    aim = min(config.target_occupancy * capacity, (config.target_slowdown - 1) * half)
+    held = [load.used_tokens + load.queued_tokens for load in loads]
+    arrived = sum(load.arrived_tokens_per_s for load in loads)
+    released = sum(load.released_tokens_per_s for load in loads)
+    busy = sum(tokens / (tokens + half) for tokens in held)
+    speed = _Speed(*state.get("speed", (now_s, 0.0, 0.0))).then(released, busy, now_s)
 
-    def wanted(tokens: float) -> int:
+    # In proportion to the tokens where replicas have more than they should, which is too much.
+    work, backlog = max(busy, sum(held) / (aim + half)), 0.0
+    if speed.released_tokens and speed.busy_s:
+        per_s = speed.released_tokens / speed.busy_s
+        work = min(work, arrived / per_s)
+        backlog = sum(max(0.0, tokens - aim) for tokens in held) / (per_s * config.drain_s)
+
+    asked = any(held) or arrived >= QUIET_TOKENS_PER_S or held_requests > 0
+    asked_s = now_s if asked else float(state.get("asked_s", now_s))
+    since_s = float(state.get("since_s", now_s))
+    longest_s = max(
+        NOISE_WINDOWS * config.trend_s, config.upscale_delay_s, config.downscale_delay_s
+    )
+    looks = [
+        look
+        for look in (_Look(*told) for told in state.get("looks", ()))
+        if now_s - longest_s - 1 <= look.at_s <= now_s
+    ]
+
+    def within(delay_s: float) -> list[_Look]:
+        return [look for look in looks if now_s - look.at_s <= delay_s]
+
+    def wanted(work: float) -> int:
         if not capacity:
             return 1 if held_requests else target
-        replicas = math.ceil(tokens / (config.target_occupancy * capacity) - 1e-9)
-        return max(replicas, 1 if held_requests or tokens else 0)
+        if not asked:
+            return 0
+        return max(1, math.ceil(work * (aim + half) / aim + config.headroom_replicas - 1e-9))
 
-    up, down = wanted(demand), wanted(demand * (1 + config.dead_band))
-    longest = max(
-        config.upscale_delay_s, config.downscale_delay_s, config.downscale_to_zero_delay_s
-    )
-    history = [
-        (float(at), int(u), int(d))
-        for at, u, d in state.get("history", ())
-        if now_s - longest - 1 <= float(at) <= now_s
-    ]
-    # One entry a second is enough, and keeps the state small; the newest counts as now.
-    if history and now_s - history[-1][0] < 1.0 and len(history) > 1:
-        last = history.pop()
-        up_kept, down_kept = min(last[1], up), max(last[2], down)
-        history.append((last[0], up_kept, down_kept))
+    rise = _rise(config, looks, work, now_s)
+    steady = fmean([work, *(look.work for look in within(config.trend_s))])
+    up = wanted(work + backlog + rise)
+    down = max(up, wanted(steady * (1 + config.dead_band) + backlog + rise))
+    # One look a second is enough, and keeps the state small.
+    if looks and now_s - looks[-1].at_s < 1.0:
+        last = looks.pop()
+        looks.append(_Look(last.at_s, last.work, min(last.up, up), max(last.down, down)))
     else:
-        history.append((now_s, up, down))
-    since = float(state.get("since_s", now_s))
+        looks.append(_Look(now_s, work, up, down))
 
-    def over(delay_s: float) -> list[tuple[int, int]]:
-        return [(u, d) for at, u, d in history if now_s - at <= delay_s] + [(up, down)]
-
-    rise = min(u for u, _ in over(config.upscale_delay_s))
-    low = max(d for _, d in over(config.downscale_delay_s))
-    silent = max(d for _, d in over(config.downscale_to_zero_delay_s))
-    replicas, reason = target, f"demand {demand:,.0f} tokens fits {target} replicas"
-    if rise > target and now_s - since >= config.upscale_delay_s:
-        replicas, reason = rise, f"demand {demand:,.0f} tokens needs {rise} replicas"
-    elif low < target and now_s - since >= config.downscale_delay_s:
-        quiet = not silent and now_s - since >= config.downscale_to_zero_delay_s
-        replicas = max(low, 0 if quiet else 1)
-        reason = f"for {config.downscale_delay_s:.0f} s no more than {low} replicas were needed"
+    least, most = config.bounds(now_s)
+    rising = min([up, *(look.up for look in within(config.upscale_delay_s))])
+    falling = max([down, *(look.down for look in within(config.downscale_delay_s))])
+    known_s = now_s - since_s
+    cause: Cause = "steady"
+    replicas = target
     if held_requests and not target:
-        replicas, reason = max(1, replicas), "a request waits for the first replica"
+        cause, replicas = "held", max(1, rising)
+    elif rising > target and known_s >= config.upscale_delay_s:
+        replicas = rising
+        if wanted(work) >= rising:
+            cause = "demand"
+        else:
+            cause = "backlog" if wanted(work + backlog) >= rising else "trend"
+    elif falling < target and known_s >= config.downscale_delay_s:
+        quiet = now_s - asked_s >= config.downscale_to_zero_delay_s
+        replicas = max(falling, 0 if quiet else 1)
+        cause = "idle" if replicas < target else "steady"
     bounded = max(least, min(most, replicas))
     if bounded != replicas:
-        reason += f"; bounds are {least} to {most}"
+        cause = "schedule" if config.window(now_s) else "bounds"
     return Decision(
         bounded,
-        reason,
-        {"capacity_tokens": capacity, "history": [list(h) for h in history], "since_s": since},
+        cause,
+        f"{work:.2f} replicas' work arrives, {backlog:.2f} for the backlog, {rise:.2f} for the "
+        f"rise; a replica should be busy to {aim / (aim + half):.0%}; {least} to {most} may run"
+        if capacity
+        else "no replica has told its KV capacity yet",
+        {
+            "capacity_tokens": capacity,
+            "asked_s": asked_s,
+            "since_s": since_s,
+            "speed": list(speed),
+            "looks": [list(look) for look in looks],
+        },
     )

@@ -32,14 +32,17 @@ class ServeConfig(Config):
 def serve_config(*layers: Mapping[str, Any]) -> ServeConfig:
     """Validate merged layers (YAML file, flags) into a `ServeConfig`.
 
-    `recipe`, in any layer, names the recipe whose engine is below them all.
+    `recipe`, in any layer, names the recipe whose engine and autoscaling are below them all.
 
     Raises:
         ConfigError: names every field that is wrong.
     """
     given = merge(*layers)
     recipe = given.pop("recipe", None)
-    engine = find_recipe(recipe).settings["engine"] if recipe else {}
+    lowest: dict[str, Any] = {}
+    if recipe:
+        found = find_recipe(recipe)
+        lowest = {"engine": found.settings["engine"], "autoscaling": found.autoscaling}
     # A server is watched: vLLM's metrics are on unless a layer says otherwise.
     watched = {"disable_log_stats": False}
-    return validated(ServeConfig, {"engine": watched}, {"engine": engine}, given)
+    return validated(ServeConfig, {"engine": watched}, lowest, given)

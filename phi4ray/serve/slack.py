@@ -27,9 +27,6 @@ GROWTH = 1.1
 LEAST_TOKENS = 16.0
 """And the fewest that they shrink to: so they grow back within seconds."""
 
-SPENT_FROM = 0.75
-"""Share of the most prompt tokens of a step from which on the credit is spent."""
-
 TOLERANCE = 1.1
 """Steps that are longer by less than this cost no row its place."""
 
@@ -82,8 +79,7 @@ class StepControl:
     A step lasts as long as its sequences' next tokens and its prompts' tokens take together. The
     prompts are what can be held back without losing anything, so they are controlled first: each
     step earns a credit of prompt tokens, which grows while steps are short and shrinks while they
-    are long. It is spent in one step when it has grown large, because a step with any prompt in it
-    costs more than one without (it cannot run as one CUDA graph). Only when nothing was fed for a while and steps are still too long, as when online
+    are long. Only when nothing was fed for a while and steps are still too long, as when online
     requests come in numbers, rows must go: so many that the rest makes steps of the right length.
     """
 
@@ -97,19 +93,20 @@ class StepControl:
         self._seconds = 0.0
         self._sequences = 0.0
         self._unfed_s = 0.0
-        self.ready = True
+
+    @property
+    def ready(self) -> bool:
         """Whether another prompt may be fed."""
+        return self._credit > 0
 
     def feed(self, prompt_tokens: float) -> None:
         """Spend credit on a row; a long prompt overdraws it, and the next ones wait longer."""
         self._credit -= prompt_tokens
         self._unfed_s = 0.0
-        self.ready = self.ready and self._credit > 0
 
     def rest(self) -> None:
         """Earn what one step earns: of an engine that cannot tell how long it took."""
-        self._credit = min(self._credit + self._step_tokens, self._most_tokens)
-        self.ready = self.ready or self._credit >= SPENT_FROM * self._most_tokens
+        self._credit = min(self._credit + self._step_tokens, self._step_tokens)
 
     def observe(self, step_s: float, running: int) -> None:
         """Count one step: its length, and the sequences in it."""

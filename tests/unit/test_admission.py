@@ -152,6 +152,27 @@ def test_a_full_queue_turns_away_at_once() -> None:
     asyncio.run(scenario())
 
 
+def test_rates_tell_what_comes_turned_away_or_not_and_what_ends() -> None:
+    now = 0.0
+
+    async def scenario() -> None:
+        nonlocal now
+        room = Admission(
+            AdmissionConfig(queue_timeout_s=0), capacity_tokens=100, max_num_seqs=8,
+            clock=lambda: now,
+        )  # fmt: skip
+        for _ in range(100):  # a second each, of which the second request finds no room
+            async with room.admit(60):
+                with pytest.raises(OverloadedError):
+                    async with room.admit(60):
+                        pass
+                now += 1.0
+        assert room.arrived_tokens_per_s == pytest.approx(120, rel=0.1)
+        assert room.released_tokens_per_s == pytest.approx(60, rel=0.1)
+
+    asyncio.run(scenario())
+
+
 def test_retry_after_follows_the_rate_at_which_tokens_get_free() -> None:
     now = 0.0
     room = Admission(AdmissionConfig(), capacity_tokens=1000, max_num_seqs=10, clock=lambda: now)

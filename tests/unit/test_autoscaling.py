@@ -1,51 +1,87 @@
 """How many replicas there should be: up with demand at once, down slowly, never out of bounds."""
 
+import itertools
 import json
+import math
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from phi4ray.serve.autoscaling import (
+    CAUSES,
     AutoscalingPolicyConfig,
     Decision,
     ReplicaLoad,
-    Window,
     decide,
 )
+from phi4ray.serve.schedule import Window
 
-CAPACITY = 1000.0
+CAPACITY = 100_000.0
+HALF = 1000.0
+SECONDS_ALONE = 2.0
+"""Tokens in flight that make requests take twice as long, and how long they take alone."""
+TOKENS_PER_S = HALF / SECONDS_ALONE
+"""What a replica that has much to do gets done."""
 
 
 def policy(**settings: Any) -> AutoscalingPolicyConfig:
-    return AutoscalingPolicyConfig.model_validate(
-        {"min_replicas": 1, "max_replicas": 10, "target_occupancy": 0.5, **settings}
-    )
+    given = {"max_replicas": 10, "half_speed_tokens": HALF, "target_slowdown": 4.0}
+    return AutoscalingPolicyConfig.model_validate({**given, "headroom_replicas": 0.0, **settings})
 
 
 class Fleet:
-    """A service whose replicas take `start_s` to start, under a given demand in tokens."""
+    """Replicas that take `start_s` to start and share their speed between their requests.
+
+    n tokens in flight are done in SECONDS_ALONE * (1 + n / half): the more, the slower.
+    """
 
     def __init__(
-        self, config: AutoscalingPolicyConfig, target: int = 1, start_s: float = 60.0
+        self,
+        config: AutoscalingPolicyConfig,
+        target: int = 1,
+        start_s: float = 60.0,
+        half: float = HALF,
     ) -> None:
-        self.config, self.target, self.start_s = config, target, start_s
+        self.config, self.target, self.start_s, self.half = config, target, start_s, half
         self.now = 1_000_000.0
         self.ready_at = [self.now] * target
+        self.tokens = 0.0
+        self.released = 0.0
         self.state: dict[str, Any] = {}
         self.last: Decision | None = None
 
-    def step(self, demand: float, held: float = 0, seconds: float = 1.0) -> int:
-        self.now += seconds
-        running = sum(at <= self.now for at in self.ready_at)
-        share = demand / running if running else 0.0
-        loads = [ReplicaLoad(CAPACITY, min(share, CAPACITY), max(0.0, share - CAPACITY))] * running
+    @property
+    def running(self) -> int:
+        return sum(at <= self.now for at in self.ready_at)
+
+    def step(self, work: float, held: float = 0, seconds: float = 1.0) -> int:
+        """Let requests arrive that keep `work` replicas busy."""
+        arriving = work * self.half / SECONDS_ALONE
+        for _ in range(10):
+            running = max(1, self.running)
+            share = self.tokens / running
+            self.released = self.tokens / (SECONDS_ALONE * (1 + share / self.half))
+            # Implicit Euler, for steps that are longer than a request takes.
+            passed_s = seconds / 10
+            rate = self.released / self.tokens if self.tokens else 0.0
+            self.tokens = (self.tokens + arriving * passed_s) / (1 + rate * passed_s)
+            self.now += passed_s
+        return self.look(arriving, held)
+
+    def look(self, arriving: float, held: float) -> int:
+        n = self.running
+        share = self.tokens / n if n else 0.0
+        load = ReplicaLoad(
+            CAPACITY, min(share, CAPACITY), max(0.0, share - CAPACITY),
+            arriving / max(1, n), self.released / max(1, n),
+        )  # fmt: skip
         self.last = decide(
             self.config,
-            loads,
+            [load] * n,
             target=self.target,
             held_requests=held,
             now_s=self.now,
@@ -56,61 +92,130 @@ class Fleet:
         self.ready_at += [self.now + self.start_s] * (self.target - len(self.ready_at))
         return self.target
 
+    def settle(self, work: float, steps: int = 100, seconds: float = 10.0) -> int:
+        return [self.step(work, seconds=seconds) for _ in range(steps)][-1]
+
+    @property
+    def cause(self) -> str:
+        assert self.last is not None
+        return self.last.cause
+
 
 @pytest.mark.parametrize(
-    ("demand", "replicas"),
-    [(0, 1), (499, 1), (500, 1), (501, 2), (1000, 2), (2600, 6), (100_000, 10)],
+    ("work", "replicas"),
+    [(0, 1), (0.7, 1), (0.8, 2), (1.3, 2), (1.6, 3), (3.3, 5), (100, 10)],
 )
-def test_demand_in_tokens_against_the_target_share_of_the_caches(
-    demand: float, replicas: int
+def test_arriving_work_against_the_busy_share_at_which_requests_are_four_times_slower(
+    work: float, replicas: int
 ) -> None:
-    assert Fleet(policy()).step(demand) == replicas
+    assert Fleet(policy(downscale_delay_s=60)).settle(work) == replicas
 
 
-def test_replicas_that_are_starting_count_so_that_a_backlog_does_not_order_more() -> None:
-    fleet = Fleet(policy())
-    assert {fleet.step(3000) for _ in range(59)} == {6}
+def test_caches_that_are_too_small_for_the_slowdown_bound_the_target() -> None:
+    small = policy(target_occupancy=0.01)  # 1,000 tokens: half of the time busy
+    assert Fleet(small).settle(1.3) == 3
+
+
+def test_headroom_is_free_capacity_beside_what_the_targets_ask_for() -> None:
+    assert Fleet(policy(headroom_replicas=0.75)).settle(0.3) == 2
+
+
+def test_replicas_that_are_starting_count_so_that_demand_does_not_order_more() -> None:
+    fleet = Fleet(policy(drain_s=1e9, lookahead_s=0), start_s=600)
+    fleet.settle(0.5)
+    assert max(fleet.step(2.9) for _ in range(500)) == 4
+
+
+def test_a_backlog_asks_for_more_than_what_arrives() -> None:
+    fleet = Fleet(policy(drain_s=20, lookahead_s=0), start_s=100)
+    fleet.settle(0.5)
+    counts = [fleet.step(1.6) for _ in range(90)]
+    assert counts[-1] > 3
+    assert fleet.settle(1.6) == 3
+
+
+def test_a_rise_orders_replicas_before_they_are_needed() -> None:
+    fleet = Fleet(policy(trend_s=20))
+    fleet.settle(0.5)
+    causes = []
+    for second in range(40):
+        fleet.step(0.5 + 0.02 * second)
+        causes.append(fleet.cause)
+    assert "trend" in causes
+    assert fleet.target >= 3
 
 
 def test_what_waits_counts_like_what_runs() -> None:
-    loads = [ReplicaLoad(CAPACITY, 300, 700)]
-    found = decide(policy(), loads, target=1, held_requests=0, now_s=0, state={})
-    assert found.replicas == 2
-    assert "1,000 tokens" in found.reason
+    loads = [ReplicaLoad(CAPACITY, 3000, 3000, 500, 500)]
+    both = [ReplicaLoad(CAPACITY, 6000, 0, 500, 500)]
+    first, other = (
+        decide(policy(), told, target=1, held_requests=0, now_s=0, state={})
+        for told in (loads, both)
+    )
+    assert first == other
+    assert first.replicas == 2
+
+
+def test_requests_that_are_turned_away_are_demand_too() -> None:
+    fleet = Fleet(policy(), start_s=1e9)
+    fleet.settle(0.7)
+    fleet.tokens, fleet.released = 20_000.0, TOKENS_PER_S
+    fleet.now += 1
+    assert fleet.look(arriving=4.0 * TOKENS_PER_S, held=0) >= 6
 
 
 def test_a_spike_shorter_than_the_delay_starts_nothing() -> None:
     fleet = Fleet(policy(upscale_delay_s=10))
-    for _ in range(30):
-        fleet.step(100)
-    assert {fleet.step(3000) for _ in range(5)} == {1}
-    assert {fleet.step(100) for _ in range(20)} == {1}
-    assert [fleet.step(3000) for _ in range(13)][-1] == 6
+    fleet.settle(0.2)
+    assert {fleet.step(2.5) for _ in range(5)} == {1}
+    assert {fleet.step(0.2) for _ in range(20)} == {1}
+    assert [fleet.step(2.5) for _ in range(20)][-1] > 1
 
 
 def test_replicas_go_only_after_their_absence_was_possible_for_the_whole_delay() -> None:
-    fleet = Fleet(policy(downscale_delay_s=100), target=6)
-    for _ in range(200):
-        fleet.step(2900)
-    assert {fleet.step(400) for _ in range(95)} == {6}
-    fleet.step(2400)  # a last burst needs five, or six with the band
-    assert {fleet.step(400) for _ in range(95)} == {6}
-    assert [fleet.step(400) for _ in range(20)][-1] == 1
+    fleet = Fleet(policy(downscale_delay_s=100, lookahead_s=0), target=6)
+    fleet.settle(4.4)
+    assert {fleet.step(0.4) for _ in range(95)} == {6}
+    for _ in range(30):
+        fleet.step(4.4)
+    assert {fleet.step(0.4) for _ in range(95)} == {6}
+    assert fleet.settle(0.4) == 1
 
 
 def test_a_demand_at_the_edge_does_not_flap() -> None:
-    fleet = Fleet(policy(downscale_delay_s=5, dead_band=0.1))
-    counts = [fleet.step(1000 + (20 if step % 2 else -20)) for step in range(400)]
-    assert set(counts[10:]) == {3}
+    fleet = Fleet(policy(downscale_delay_s=60))
+    fleet.settle(1.5)
+    assert {fleet.step(1.5 + (0.02 if step % 2 else -0.02)) for step in range(400)} == {3}
 
 
 def test_the_last_replica_goes_after_silence_and_comes_for_the_first_request() -> None:
     fleet = Fleet(policy(min_replicas=0, downscale_delay_s=10, downscale_to_zero_delay_s=50))
-    fleet.step(10)
+    fleet.step(0.1)
+    fleet.tokens = 0.0
     assert {fleet.step(0) for _ in range(45)} == {1}
-    assert [fleet.step(0) for _ in range(10)][-1] == 0
+    causes = []
+    while fleet.target:
+        fleet.step(0)
+        causes.append(fleet.cause)
+    assert len(causes) <= 10
+    assert causes[-1] == "idle"
     assert fleet.step(0, held=1) == 1
+    assert fleet.cause == "held"
     assert {fleet.step(0, held=1) for _ in range(59)} == {1}
+
+
+def test_the_cause_is_one_of_a_few_words() -> None:
+    fleet = Fleet(policy(max_replicas=3, downscale_delay_s=10))
+    causes = {}
+    for name, work in (("low", 0.1), ("more", 1.0), ("too much", 9.0), ("none", 0.0)):
+        fleet.settle(work, steps=1)
+        causes[name] = fleet.cause
+        fleet.settle(work, steps=20)
+    fleet.settle(0)
+    assert set(causes.values()) <= set(CAUSES)
+    assert causes["low"] == "steady"
+    assert causes["too much"] == "bounds"
+    assert fleet.target == 1
 
 
 def test_bounds_follow_the_schedule() -> None:
@@ -149,6 +254,7 @@ def test_a_window_may_go_over_midnight() -> None:
         {"schedule": [{"start": "08:00", "end": "09:00", "min_replicas": 11}]},
         {"schedule": [{"start": "08:00", "end": "09:00", "min_replicas": 1, "timezone": "Mars"}]},
         {"target_occupancy": 0},
+        {"target_slowdown": 1},
         {"target": 0.5},
     ],
 )
@@ -157,39 +263,57 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> No
         policy(**settings)
 
 
-demands = st.lists(st.floats(0, 20_000), min_size=1, max_size=60)
+loads = st.lists(st.floats(0, 20), min_size=1, max_size=60)
 
 
-@given(demands, st.integers(0, 3), st.integers(3, 9), st.floats(0, 120))
+@given(loads, st.integers(0, 3), st.integers(3, 9), st.floats(0, 120))
 def test_bounds_hold_and_the_state_is_json_whatever_happens(
     trace: list[float], least: int, most: int, start_s: float
 ) -> None:
     fleet = Fleet(policy(min_replicas=least, max_replicas=most), max(1, least), start_s)
-    for demand in trace:
-        assert least <= fleet.step(demand, held=float(demand > 10_000), seconds=7.0) <= most
+    for work in trace:
+        assert least <= fleet.step(work, held=float(work > 10), seconds=7.0) <= most
         assert len(json.dumps(fleet.state)) < 100_000
+        assert fleet.cause in CAUSES
 
 
-@given(demands, st.floats(0, 20_000), st.floats(0, 20_000))
+@given(loads, st.floats(0, 20_000), st.floats(0, 20_000), st.floats(0, 5), st.floats(0, 5))
 def test_more_demand_never_means_fewer_replicas(
-    before: list[float], one: float, other: float
+    before: list[float], one: float, other: float, arriving: float, more: float
 ) -> None:
     found = []
-    for demand in sorted((one, other)):
+    for tokens, rate in zip(sorted((one, other)), (arriving, arriving + more), strict=True):
         fleet = Fleet(policy(downscale_delay_s=20))
         for earlier in before:
             fleet.step(earlier, seconds=5.0)
-        found.append(fleet.step(demand))
+        fleet.tokens = tokens
+        found.append(fleet.look(rate * TOKENS_PER_S, 0))
     assert found == sorted(found)
 
 
-@given(demands, st.floats(0, 20_000), st.floats(0, 300))
-def test_under_a_constant_demand_the_count_settles(
-    before: list[float], demand: float, start_s: float
+@settings(max_examples=30)
+@given(
+    loads,
+    st.floats(0, 7),
+    st.floats(0, 300),
+    st.integers(1, 10),
+    st.floats(1, 5),
+    st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_at_a_constant_arrival_rate_the_count_settles_where_the_load_is_within_the_target(
+    before: list[float], work: float, start_s: float, first: int, slower: float, headroom: float
 ) -> None:
-    fleet = Fleet(policy(downscale_delay_s=50), start_s=start_s)
+    config = policy(downscale_delay_s=50, headroom_replicas=headroom)
+    fleet = Fleet(config, first, start_s, half=slower * HALF)
     for earlier in before:
         fleet.step(earlier, seconds=5.0)
-    for _ in range(100):
-        fleet.step(demand, seconds=5.0)
-    assert len({fleet.step(demand, seconds=5.0) for _ in range(100)}) == 1
+    fleet.settle(work, steps=400)
+    counts = [fleet.step(work, seconds=10.0) for _ in range(100)]
+    assert sum(a != b for a, b in itertools.pairwise(counts)) <= 1
+    if counts[-1] < config.max_replicas:
+        # As many tokens in flight as make requests four times slower, by what is configured.
+        assert fleet.tokens / counts[-1] <= 3 * HALF * 1.01
+        assert work <= counts[-1]
+    fewer = math.ceil(work / 0.75 * 1.1 + headroom) + 1
+    if slower == 1:
+        assert counts[-1] <= fewer

@@ -12,6 +12,7 @@ from phi4ray.errors import ConfigError
 from phi4ray.memory import GPUS, place, plan_memory
 from phi4ray.models import shape_of, weight_scheme
 from phi4ray.recipes import RECIPES, Recipe, find_recipe
+from phi4ray.serve.config import serve_config
 
 NAMED = {"input": ["in"], "output": "out"}
 
@@ -40,6 +41,17 @@ def test_it_fits_its_card_with_room_for_its_sequences(name: str) -> None:
     assert plan.max_concurrency >= 1
     # So many requests of ordinary length are in the cache at once: more would only be preempted.
     assert engine.max_num_seqs <= max(8, plan.kv_cache_size_tokens // 256)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+def test_a_service_scales_by_what_is_known_of_its_speed_unless_told_otherwise(
+    recipe: Recipe,
+) -> None:
+    layers = {"recipe": recipe.name}, {"engine": {"model": "some"}}
+    told = {"autoscaling": {"half_speed_tokens": 5.0}}
+    scaling = serve_config(*layers).autoscaling.model_dump()
+    assert scaling == scaling | recipe.autoscaling
+    assert serve_config(*layers, told).autoscaling.half_speed_tokens == 5.0
 
 
 def test_an_unknown_name_is_refused_with_those_that_are() -> None:
