@@ -1,0 +1,106 @@
+"""How jobs of a cluster and what they wrote are shown: to people and as JSON. Pure."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from phi4ray.batch.progress_file import RunProgress
+from phi4ray.batch.submission import Submission
+
+TEXT_WIDTH = 100
+SILENT_S = 30.0
+
+
+def job_facts(job: Submission, found: RunProgress | None) -> dict[str, Any]:
+    """What is known of a job, for JSON; `progress` is None where it has told nothing."""
+    progress: dict[str, Any] | None = None
+    if found is not None:
+        last, eta = found.window.last, found.window.eta()
+        prompt_rate, completion_rate, row_rate = found.window.rates()
+        progress = {
+            "updated_at": found.updated_at,
+            "rows": last.rows_done,
+            "rows_total": last.rows_total,
+            "rows_per_s": row_rate,
+            "prompt_tokens_per_s": prompt_rate,
+            "completion_tokens_per_s": completion_rate,
+            "eta_s": None if eta is None else eta.total_seconds(),
+            "errors": dict(last.errors),
+            "rows_in_flight": last.rows_in_flight,
+            "kv_used_fraction": last.kv_used_fraction,
+            "replicas": last.replicas,
+        }
+    return {
+        "id": job.id,
+        "status": job.status,
+        "outcome": job.outcome,
+        "exit_code": job.exit_code,
+        "output": job.output,
+        "started_at": job.started_at,
+        "ended_at": job.ended_at,
+        "entrypoint": job.entrypoint,
+        "progress": progress,
+    }
+
+
+def job_lines(job: Submission, found: RunProgress | None, now: float) -> list[tuple[str, str]]:
+    """What is known of a job, as people read it."""
+    lines = [("job", job.id), ("status", status_words(job)), ("output", job.output or "?")]
+    if job.started_at is not None:
+        lines.append(("started", f"{clock(job.started_at)} UTC"))
+        lines.append(("for", span((job.ended_at or now) - job.started_at)))
+    if found is not None:
+        last = found.window.last
+        lines += [
+            ("progress", found.window.line()),
+            ("rows/s", f"{found.window.rates()[2]:,.1f}"),
+            *((f"  {code}", f"{rows:,}") for code, rows in sorted(last.errors.items())),
+        ]
+        if now - found.updated_at > SILENT_S:
+            lines.append(("told", f"{span(now - found.updated_at)} ago"))
+    return [*lines, ("command", job.entrypoint)]
+
+
+def status_words(job: Submission) -> str:
+    """How a job stands, with its exit code."""
+    return job.outcome if job.exit_code is None else f"{job.outcome}, exit code {job.exit_code}"
+
+
+def result_lines(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """Name and value of `Results.figures`, as people read them."""
+
+    def of(name: str) -> str:
+        whole = figures[name] == figures[f"{name}_total"]
+        return f"{figures[name]:,}" + ("" if whole else f" of {figures[f'{name}_total']:,}")
+
+    lines = [
+        ("rows", of("rows")),
+        ("parts", of("parts")),
+        ("error rows", f"{figures['error_rows']:,}"),
+    ]
+    lines += [(f"  {code}", f"{rows:,}") for code, rows in figures["errors"].items()]
+    lines += [
+        (n.replace("_", " "), f"{figures[n]:,}") for n in ("prompt_tokens", "completion_tokens")
+    ]
+    if figures["duration_s"] is not None:
+        lines.append(("first part's start to last one's end", span(figures["duration_s"])))
+    return lines
+
+
+def row_line(row: dict[str, Any]) -> str:
+    """A row of the output in one line: its id, and its answer or error, cut short."""
+    if row["error_code"] is not None:
+        text = f"[{row['error_code']}] {row['error_message']}"
+    else:
+        text = row["text"] if row["text"] is not None else row["response"]
+    text = " ".join(str(text).split())
+    return f"{row['id']}: {text if len(text) <= TEXT_WIDTH else text[: TEXT_WIDTH - 1] + '…'}"
+
+
+def clock(unix_s: float) -> str:
+    """A time in UTC."""
+    return f"{datetime.fromtimestamp(unix_s, UTC):%Y-%m-%d %H:%M:%S}"
+
+
+def span(seconds: float) -> str:
+    """A length of time, as 1:02:03."""
+    return str(timedelta(seconds=round(max(0.0, seconds))))

@@ -1,0 +1,140 @@
+"""Batch jobs by the command line, on a real cluster: submitted, watched, read, and cancelled."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.small_jobs import prompts, write_lines
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+PORT = "8279"
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(280)]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """A Ray cluster of this machine with phi4ray installed; gives where its dashboard is."""
+    here = {
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "RAY_AUTH_MODE": "disabled",  # no token is left on this machine
+    }
+    os.environ.update(here)
+    command = [BIN / "ray", "start", "--head", "--num-cpus=2", f"--dashboard-port={PORT}"]
+    subprocess.run([*command, "--port=0", "--disable-usage-stats"], check=True)
+    try:
+        yield f"http://127.0.0.1:{PORT}"
+    finally:
+        subprocess.run([BIN / "ray", "stop", "--force"], check=True)
+
+
+def phi4ray(*arguments: str, cwd: Path, code: int = 0) -> str:
+    """Run a command; gives what it printed."""
+    command = [sys.executable, "-m", "jobs.cli", *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_job_is_submitted_watched_and_read(cluster: str, tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", [*prompts(8), {"id": "none"}])
+    (tmp_path / "job.yaml").write_text("shard_rows: 3\noutput: out\n")
+    at = ("--address", cluster)
+    job = ("--recipe", "fake", "--input", "in/", "--config", "job.yaml")
+
+    followed = phi4ray("submit", *job, *at, cwd=tmp_path, code=3)
+    job_id = followed.split()[1]
+    assert job_id.startswith("out-")
+    assert "9 rows of 1 files in 3 parts" in followed
+    assert "rows 9/9 (100%) errors 1" in followed
+    assert f"{job_id} finished with error rows, exit code 3" in followed
+
+    listed = phi4ray("status", *at, cwd=tmp_path)
+    assert job_id in listed
+    assert str(tmp_path / "out") in listed
+    known: dict[str, Any] = json.loads(phi4ray("status", job_id, *at, "--json", cwd=tmp_path))
+    assert (known["status"], known["exit_code"]) == ("FAILED", 3)
+    assert known["output"] == str(tmp_path / "out")
+
+    log = phi4ray("logs", job_id, *at, cwd=tmp_path)
+    assert "rows 9/9 (100%) errors 1" in log
+    assert phi4ray("logs", job_id, "--follow", *at, cwd=tmp_path).split() == log.split()
+
+    by_id = phi4ray("results", job_id, *at, "--head", "1", cwd=tmp_path, code=3)
+    assert "missing_prompt" in by_id
+    assert "r0: fake:" in by_id
+    failed = phi4ray("results", "out/", "--errors", cwd=tmp_path, code=3)
+    assert "none: [missing_prompt]" in failed
+    assert "r0: " not in failed
+    assert "already" in phi4ray("submit", *job, *at, "--name", job_id, cwd=tmp_path, code=1)
+    assert "nothing to cancel" in phi4ray("cancel", job_id, *at, cwd=tmp_path, code=1)
+
+
+def test_a_job_is_left_found_again_and_cancelled(cluster: str, tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(4000))
+    at = ("--address", cluster)
+    command = [
+        sys.executable, "-m", "jobs.cli", "submit", *at, "--recipe", "fake", "--input",
+        f"{tmp_path}/in/", "--output", f"{tmp_path}/out", "--shard-rows", "20",
+        "--shards-in-flight", "1", "--engine-arg", "latency_s=1", "--progress-interval-s", "1",
+    ]  # fmt: skip
+    # From a checkout: it is uploaded, and runs there.
+    watching = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert watching.stdout is not None
+    lines = []
+    for raw in watching.stdout:
+        lines.append(raw.decode())
+        if "replicas 1 | ETA" in lines[-1]:
+            break
+    watching.send_signal(signal.SIGINT)
+    rest = watching.stdout.read().decode()
+    assert watching.wait() == 130, lines
+    job_id = lines[0].split()[1]
+    assert f"detached: {job_id} runs on" in rest
+    assert f"phi4ray status {job_id} --follow" in rest
+
+    while True:  # until its progress is there
+        known = json.loads(phi4ray("status", job_id, *at, "--json", cwd=tmp_path))
+        assert known["status"] == "RUNNING"
+        if known["progress"] and known["progress"]["rows_per_s"]:
+            break
+        time.sleep(0.5)
+    progress = known["progress"]
+    assert 0 < progress["rows"] < progress["rows_total"] == 4000
+    assert progress["replicas"] == 1
+    assert progress["eta_s"] > 0
+    shown = phi4ray("status", job_id, *at, cwd=tmp_path)
+    for told in ("running", "rows/s", "/4,000 (", "replicas 1 | ETA"):
+        assert told in shown
+    unfinished = phi4ray("results", f"{tmp_path}/out", cwd=tmp_path, code=1)
+    assert "the job is not finished" in unfinished
+    assert "of 200 parts are written" in unfinished
+
+    stopped = phi4ray("cancel", job_id, *at, cwd=tmp_path)
+    assert f"{job_id} stopped" in stopped
+    assert "finished parts stay: " in stopped
+    assert "go on: phi4ray submit " in stopped
+    assert "--shard-rows=20" in stopped
+    assert json.loads(phi4ray("status", job_id, *at, "--json", cwd=tmp_path))["status"] == "STOPPED"
+
+
+def test_what_is_wrong_is_said_and_has_its_exit_code(cluster: str, tmp_path: Path) -> None:
+    at = ("--address", cluster)
+    assert "no batch job 'none'" in phi4ray("status", "none", *at, cwd=tmp_path, code=2)
+    nobody = ("--address", "127.0.0.1:9")
+    assert "no Ray cluster answers at http://127.0.0.1:9" in phi4ray(
+        "status", *nobody, cwd=tmp_path, code=1
+    )
+    assert "no job has written to" in phi4ray("results", "./out", cwd=tmp_path, code=1)
+    refused = phi4ray("submit", *at, "--recipe", "fake", "--limit", "0", cwd=tmp_path, code=2)
+    for field in ("input", "output", "limit"):
+        assert f"  {field}: " in refused
