@@ -30,7 +30,7 @@ from phi4ray.batch.submission import (
     submission_id,
 )
 from phi4ray.cli import AsJson, app, exit_codes, new_console
-from phi4ray.errors import ClusterError, ConfigError, StorageError
+from phi4ray.errors import ClusterError, ConfigError, Phi4rayError
 from phi4ray.storage import normal
 
 if TYPE_CHECKING:  # Ray takes seconds to import: only commands that need it do
@@ -144,7 +144,7 @@ def cancel(job_id: JobId, address: Address = None) -> None:
         jobs = _jobs(address)
         job = jobs.get(job_id)
         if job.ended:
-            raise ClusterError(f"{job.id} has {job.outcome}: there is nothing to cancel")
+            raise ClusterError(f"{job.id} has ended ({job.outcome}): there is nothing to cancel")
         job = jobs.stop(job.id)
         typer.echo(f"{job.id} {job.outcome}")
         if job.status != "STOPPED":
@@ -254,13 +254,13 @@ def _follow(jobs: "Jobs", job: Submission) -> None:
     raise typer.Exit(job.process_exit_code)
 
 
-def _progress(job: Submission) -> tuple[RunProgress | None, StorageError | None]:
+def _progress(job: Submission) -> tuple[RunProgress | None, Phi4rayError | None]:
     """What a job told last, or why it cannot be read here."""
     from jobs.follow import Watch
 
     try:
         return Watch(job).look(), None
-    except StorageError as error:
+    except Phi4rayError as error:
         return None, error
 
 
@@ -288,7 +288,7 @@ def _list(jobs: "Jobs", as_json: bool) -> None:
 def _what_stays(job: Submission) -> str:
     try:
         found = read_results(job.output) if job.output is not None else None
-    except (ConfigError, StorageError) as error:
+    except Phi4rayError as error:
         return f"finished parts stay in {job.output} (they cannot be counted here: {error})"
     if found is None:
         return "finished parts stay in its output"

@@ -10,13 +10,13 @@ from cluster.jobs import Jobs
 from phi4ray.batch.progress import PROGRESS_LINE, Progress
 from phi4ray.batch.progress_file import WRITE_S, RunProgress, read_progress
 from phi4ray.batch.submission import Submission
-from phi4ray.errors import StorageError
+from phi4ray.errors import Phi4rayError
 
 
 class Watch:
     """Reads a job's progress from its output, now and then.
 
-    Raises StorageError at a look where this machine cannot read the output.
+    Raises Phi4rayError at a look where this machine cannot read the output.
     """
 
     def __init__(self, job: Submission) -> None:
@@ -52,7 +52,7 @@ def follow(jobs: Jobs, job: Submission, console: Console) -> Submission:
     """
     with contextlib.closing(jobs.log_lines(job.id)) as lines:
         if console.is_terminal and not console.is_dumb_terminal:
-            _live(lines, Watch(job), console)
+            show_live(lines, Watch(job), console)
         else:
             for line in lines:
                 if line is not None:
@@ -60,7 +60,8 @@ def follow(jobs: Jobs, job: Submission, console: Console) -> Submission:
     return jobs.ended(job.id)
 
 
-def _live(lines: Iterator[str | None], watch: Watch, console: Console) -> None:
+def show_live(lines: Iterator[str | None], watch: Watch, console: Console) -> None:
+    """Show log lines, and progress as one live line, until the lines end."""
     readable, shown = True, False
     with Progress(console, interval_s=WRITE_S) as progress:
         for line in lines:
@@ -70,7 +71,7 @@ def _live(lines: Iterator[str | None], watch: Watch, console: Console) -> None:
                 continue
             try:
                 found = watch.look_when_due()
-            except StorageError as error:
+            except Phi4rayError as error:
                 readable = shown = False
                 console.print(f"progress comes from the log: {error}", style="yellow")
                 continue

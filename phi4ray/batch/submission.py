@@ -55,7 +55,9 @@ class Submission:
         """What a command that waited for the job exits with: the job's own code, or 1."""
         if self.status == "SUCCEEDED":
             return 0
-        return self.exit_code or 1
+        if self.status == "STOPPED" or self.exit_code is None or self.exit_code < 1:
+            return 1  # a signal ended it
+        return self.exit_code
 
 
 def submission_id(output: str, now: datetime, nonce: str) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -125,6 +127,28 @@ def test_a_job_is_left_found_again_and_cancelled(cluster: str, tmp_path: Path) -
     assert "go on: phi4ray submit " in stopped
     assert "--shard-rows=20" in stopped
     assert json.loads(phi4ray("status", job_id, *at, "--json", cwd=tmp_path))["status"] == "STOPPED"
+
+
+def test_the_readme_tells_commands_that_work(cluster: str, tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```sh\n(phi4ray submit.*?)^```$", readme, re.DOTALL | re.MULTILINE)
+    write_lines(tmp_path / "prompts" / "a.jsonl", prompts(3))
+    here = tmp_path / "here"
+    here.mkdir()
+    told: dict[str, str] = {}
+    job_id = ""
+    for line in block.replace("s3://bucket", "..").replace("phi4-fp8-h200", "fake").splitlines():
+        _, command, *arguments = shlex.split(line.replace("ID", job_id))
+        at = () if command == "results" else ("--address", cluster)
+        ended = command == "cancel"
+        told[line] = phi4ray(command, *arguments, *at, cwd=here, code=1 if ended else 0)
+        if command == "submit":
+            job_id = told[line].split()[1]
+    assert job_id in told["phi4ray status"]
+    assert f"{job_id} finished" in told["phi4ray status ID --follow"]
+    assert "rows 3/3 (100%)" in told["phi4ray logs ID"]
+    assert "r0: fake:" in told["phi4ray results ../answers/ --head 10"]
+    assert f"{job_id} has ended" in told["phi4ray cancel ID"]
 
 
 def test_what_is_wrong_is_said_and_has_its_exit_code(cluster: str, tmp_path: Path) -> None:
