@@ -42,6 +42,9 @@ DEEPEST_JSON = 128
 behind this one, which may recurse on it, meets Python's limit of 1,000 frames."""
 
 
+FORM = b"application/x-www-form-urlencoded"
+
+
 class BodyError(Exception):
     """A body that no layer behind this one should see."""
 
@@ -89,7 +92,8 @@ class Gate:
             await refuse(431, "headers_too_large", "the request's headers are too large")
             return
         tenant: Tenant | None = None
-        if self._keys is not None and (scope["path"].rstrip("/") or "/") not in self._open:
+        needs_key = (scope["path"].rstrip("/") or "/") not in self._open
+        if self._keys is not None and needs_key and not _is_preflight(scope, headers):
             now_s = time.monotonic()
             key = _key(headers)
             tenant = self._keys.find(key, now_s) if key else None
@@ -131,6 +135,10 @@ class Gate:
         if may is not None and body is not None and body.get("model") not in may:
             message = f"'model' must be one that this API key may use: {', '.join(may)}"
             await _refuse(send, 403, "model_not_allowed", message)
+            return
+        if may is not None and _is_form(scope):
+            message = f"this API key may use {', '.join(may)} only, and forms are not looked into"
+            await _refuse(send, 403, "model_not_allowed", f"{message}: send JSON")
             return
         now_s = time.monotonic()  # an upload may have taken its time
         tokens = self._demand(scope["path"], state.body)
@@ -236,6 +244,28 @@ def _key(headers: Mapping[bytes, bytes]) -> str | None:
     if scheme.lower() == "bearer" and key.strip():
         return key.strip()
     return headers.get(b"x-api-key", b"").decode("latin-1").strip() or None
+
+
+def _is_preflight(scope: Scope, headers: Mapping[bytes, bytes]) -> bool:
+    """Whether a browser asks what a page may ask: it sends no key with that (Fetch standard)."""
+    return (
+        scope["method"] == "OPTIONS"
+        and b"origin" in headers
+        and b"access-control-request-method" in headers
+    )
+
+
+def _is_form(scope: Scope) -> bool:
+    """Whether the application may read fields from a body in another way than as JSON.
+
+    Every header counts: which of several is the content type, each layer has its own opinion.
+    """
+    kinds = (
+        value.partition(b";")[0].strip().lower()
+        for name, value in scope["headers"]
+        if name == b"content-type"
+    )
+    return any(kind.startswith(b"multipart/") or kind == FORM for kind in kinds)
 
 
 def _left(remaining: Remaining) -> dict[str, str]:
