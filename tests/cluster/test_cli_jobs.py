@@ -40,11 +40,19 @@ def cluster() -> Iterator[str]:
 
 
 def phi4ray(*arguments: str, cwd: Path, code: int = 0) -> str:
-    """Run a command; gives what it printed."""
+    """Run a command; gives what it printed, on stdout first."""
     command = [sys.executable, "-m", "jobs.cli", *arguments]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def known_of(job_id: str, at: tuple[str, ...], cwd: Path) -> dict[str, Any]:
+    """What `status` tells programs."""
+    command = [sys.executable, "-m", "jobs.cli", "status", job_id, *at, "--json"]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, check=True)
+    known: dict[str, Any] = json.loads(done.stdout)
+    return known
 
 
 def test_a_job_is_submitted_watched_and_read(cluster: str, tmp_path: Path) -> None:
@@ -63,7 +71,7 @@ def test_a_job_is_submitted_watched_and_read(cluster: str, tmp_path: Path) -> No
     listed = phi4ray("status", *at, cwd=tmp_path)
     assert job_id in listed
     assert str(tmp_path / "out") in listed
-    known: dict[str, Any] = json.loads(phi4ray("status", job_id, *at, "--json", cwd=tmp_path))
+    known = known_of(job_id, at, tmp_path)
     assert (known["status"], known["exit_code"]) == ("FAILED", 3)
     assert known["output"] == str(tmp_path / "out")
 
@@ -90,22 +98,24 @@ def test_a_job_is_left_found_again_and_cancelled(cluster: str, tmp_path: Path) -
         "--shards-in-flight", "1", "--engine-arg", "latency_s=1", "--progress-interval-s", "1",
     ]  # fmt: skip
     # From a checkout: it is uploaded, and runs there.
-    watching = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    watching = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert watching.stdout is not None
     lines = []
-    for raw in watching.stdout:
-        lines.append(raw.decode())
-        if "replicas 1 | ETA" in lines[-1]:
+    for line in watching.stdout:
+        lines.append(line)
+        if "replicas 1 | ETA" in line:
             break
     watching.send_signal(signal.SIGINT)
-    rest = watching.stdout.read().decode()
-    assert watching.wait() == 130, lines
+    _, told = watching.communicate()
+    assert watching.returncode == 130, told
     job_id = lines[0].split()[1]
-    assert f"detached: {job_id} runs on" in rest
-    assert f"phi4ray status {job_id} --follow" in rest
+    assert f"detached: {job_id} runs on" in told
+    assert f"phi4ray status {job_id} --follow" in told
 
     while True:  # until its progress is there
-        known = json.loads(phi4ray("status", job_id, *at, "--json", cwd=tmp_path))
+        known = known_of(job_id, at, tmp_path)
         assert known["status"] == "RUNNING"
         if known["progress"] and known["progress"]["rows_per_s"]:
             break
@@ -126,7 +136,7 @@ def test_a_job_is_left_found_again_and_cancelled(cluster: str, tmp_path: Path) -
     assert "finished parts stay: " in stopped
     assert "go on: phi4ray submit " in stopped
     assert "--shard-rows=20" in stopped
-    assert json.loads(phi4ray("status", job_id, *at, "--json", cwd=tmp_path))["status"] == "STOPPED"
+    assert known_of(job_id, at, tmp_path)["status"] == "STOPPED"
 
 
 def test_the_readme_tells_commands_that_work(cluster: str, tmp_path: Path) -> None:

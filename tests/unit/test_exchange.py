@@ -1,4 +1,4 @@
-"""Limits over a fleet that changes: no tenant gains by replicas that start, leave or are forgotten."""
+"""Limits over a fleet that changes: new, leaving and forgotten replicas give no tenant more."""
 
 from collections.abc import Sequence
 

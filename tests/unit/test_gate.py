@@ -21,7 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phi4ray.errors import ConfigError
 from phi4ray.protocol import Json
-from phi4ray.serve.gate import DEEPEST_JSON, FORM, Gate, GateConfig
+from phi4ray.serve.gate import DEEPEST_JSON, Gate, GateConfig
+from phi4ray.serve.headers import FORM
 from phi4ray.serve.limits import Spent
 from phi4ray.serve.meter import Usage
 from phi4ray.serve.observe import Observe
