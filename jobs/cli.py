@@ -6,27 +6,32 @@ bad arguments; 130 when Ctrl-C ended the watching, and not the job.
 
 import json
 import secrets
-import shlex
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from jobs.show import clock, job_facts, job_lines, result_lines, row_line, span, status_words
+from jobs.show import (
+    again,
+    figures_table,
+    how_to_go_on,
+    job_facts,
+    job_lines,
+    job_list,
+    row_line,
+    status_words,
+)
+from jobs.upload import uploaded
 from phi4ray.batch.progress_file import RunProgress
-from phi4ray.batch.results import Results, read_results, rows_of
+from phi4ray.batch.results import read_results, rows_of
 from phi4ray.batch.submission import (
     FINISHED_WITH_ERROR_ROWS,
     Submission,
-    arguments_of,
     submission_id,
 )
 from phi4ray.cli import AsJson, app, exit_codes, new_console
@@ -87,7 +92,7 @@ def submit(
         arguments.output = normal(config.output)
         if Path(config.engine.model).is_dir():
             arguments.model = config.engine.model
-        with _uploaded(working_dir, arguments.config) as (folder, file):
+        with uploaded(working_dir, arguments.config) as (folder, file):
             arguments.config = file
             jobs = _jobs(address)
             job = jobs.submit(
@@ -98,7 +103,7 @@ def submit(
             )
         if not wait:
             typer.echo(job.id)
-            typer.echo(_how_to_go_on(job), err=True)
+            typer.echo(how_to_go_on(job), err=True)
             return
         typer.echo(f"submitted {job.id}")
         _follow(jobs, job)
@@ -126,15 +131,12 @@ def status(
         if as_json:
             typer.echo(json.dumps(job_facts(job, found), indent=2))
             return
-        console = new_console()
-        table = Table.grid(padding=(0, 2))
-        for line in job_lines(job, found, time.time()):
-            table.add_row(*line)
-        console.print(table)
+        for name, value in job_lines(job, found, time.time()):
+            typer.echo(f"{name:<10} {value}")
         if trouble is not None:
-            console.print(f"no progress from its output: {trouble}")
+            typer.echo(f"no progress from its output: {trouble}", err=True)
         if job.status == "FAILED" and job.exit_code != FINISHED_WITH_ERROR_ROWS:
-            console.print(f"why: phi4ray logs {job.id}")
+            typer.echo(f"why: phi4ray logs {job.id}", err=True)
 
 
 @app.command()
@@ -150,7 +152,7 @@ def cancel(job_id: JobId, address: Address = None) -> None:
         if job.status != "STOPPED":
             return
         typer.echo(_what_stays(job))
-        typer.echo(f"go on: {_again(job)}")
+        typer.echo(f"go on: {again(job)}")
 
 
 @app.command()
@@ -187,7 +189,13 @@ def results(
         if as_json:
             typer.echo(json.dumps({**found.figures(), "rows_shown": rows}, indent=2))
         else:
-            _print_results(found, rows)
+            figures, console = found.figures(), new_console()
+            console.print(figures_table(found.plan.plan_id, figures))
+            for row in rows:
+                console.print(row_line(row), soft_wrap=True)
+            for name in ("output", "report", "manifest"):
+                if figures[name] is not None:
+                    console.print(f"{name + ':':<9} {figures[name]}", soft_wrap=True)
         if not found.finished:
             raise ClusterError(
                 f"the job is not finished: {len(found.error_rows):,} of "
@@ -204,43 +212,13 @@ def _jobs(address: str | None) -> "Jobs":
 
 
 @contextmanager
-def _uploaded(
-    working_dir: Path | None, config: str | None
-) -> Iterator[tuple[Path | None, str | None]]:
-    """The folder to upload, and the name that the file of --config has in it."""
-    if working_dir is None and Path("jobs/batch_infer.py").is_file():
-        working_dir = Path()
-    if config is None:
-        yield working_dir, None
-    elif working_dir is not None:
-        file, folder = Path(config).resolve(), working_dir.resolve()
-        if not file.is_relative_to(folder):
-            raise ConfigError(
-                f"--config {config} is not below the folder that is uploaded, {folder}: move it "
-                "there, or give another --working-dir"
-            )
-        yield working_dir, str(file.relative_to(folder))
-    else:
-        with tempfile.TemporaryDirectory(prefix="phi4ray-") as scratch:
-            yield Path(scratch), Path(shutil.copy(config, scratch)).name
-
-
-@contextmanager
 def _detachable(job: Submission) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
         typer.echo(f"\ndetached: {job.id} runs on", err=True)
-        typer.echo(_how_to_go_on(job), err=True)
+        typer.echo(how_to_go_on(job), err=True)
         raise typer.Exit(DETACHED) from None
-
-
-def _how_to_go_on(job: Submission) -> str:
-    return (
-        f"watch:  phi4ray status {job.id} --follow\n"
-        f"log:    phi4ray logs {job.id}\n"
-        f"stop:   phi4ray cancel {job.id}"
-    )
 
 
 def _follow(jobs: "Jobs", job: Submission) -> None:
@@ -269,20 +247,8 @@ def _list(jobs: "Jobs", as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps([job_facts(job, progress) for job, progress in found], indent=2))
         return
-    table = Table(box=None, pad_edge=False)
-    for title in ("ID", "STATUS", "STARTED", "FOR", "PROGRESS", "OUTPUT"):
-        table.add_column(title, overflow="fold")
-    for job, progress in found:
-        seconds = (job.ended_at or time.time()) - (job.started_at or time.time())
-        table.add_row(
-            job.id,
-            job.outcome,
-            clock(job.started_at) if job.started_at is not None else "",
-            span(seconds),
-            progress.window.line().partition(" | ")[0] if progress is not None else "",
-            job.output or "?",
-        )
-    new_console().print(table if found else "no batch jobs: `phi4ray submit` starts one")
+    for line in job_list(found, time.time()):
+        typer.echo(line)
 
 
 def _what_stays(job: Submission) -> str:
@@ -298,11 +264,6 @@ def _what_stays(job: Submission) -> str:
     )
 
 
-def _again(job: Submission) -> str:
-    arguments = arguments_of(job.entrypoint)
-    return job.entrypoint if arguments is None else shlex.join(["phi4ray", "submit", *arguments])
-
-
 def _is_output(text: str) -> bool:
     return "/" in text or Path(text).is_dir()
 
@@ -312,21 +273,6 @@ def _output_of(job_id: str, address: str | None) -> str:
     if job.output is None:
         raise ConfigError(f"the output of {job_id} is not known: give its --output")
     return job.output
-
-
-def _print_results(found: Results, rows: list[dict[str, Any]]) -> None:
-    console, figures = new_console(), found.figures()
-    table = Table("", "", title=f"plan {found.plan.plan_id}", show_header=False)
-    table.columns[1].justify = "right"
-    for name, value in result_lines(figures):
-        table.add_row(name, value)
-    console.print(table)
-    for row in rows:
-        console.print(row_line(row), soft_wrap=True)
-    console.print(f"answers:  {found.output}", soft_wrap=True)
-    for name in ("report", "manifest"):
-        if figures[name] is not None:
-            console.print(f"{name + ':':<9} {figures[name]}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """How jobs of a cluster and what they wrote are shown: to people and as JSON. Pure."""
 
+import shlex
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from rich.table import Table
+
 from phi4ray.batch.progress_file import RunProgress
-from phi4ray.batch.submission import Submission
+from phi4ray.batch.submission import Submission, arguments_of
 
 TEXT_WIDTH = 100
 SILENT_S = 30.0
@@ -60,6 +64,27 @@ def job_lines(job: Submission, found: RunProgress | None, now: float) -> list[tu
     return [*lines, ("command", job.entrypoint)]
 
 
+def job_list(found: Sequence[tuple[Submission, RunProgress | None]], now: float) -> list[str]:
+    """Jobs with what they told last, a line each."""
+    if not found:
+        return ["no batch jobs: `phi4ray submit` starts one"]
+    rows = [("ID", "STATUS", "STARTED (UTC)", "FOR", "PROGRESS", "OUTPUT")]
+    for job, progress in found:
+        began = job.started_at
+        rows.append(
+            (
+                job.id,
+                job.outcome,
+                clock(began) if began is not None else "",
+                span((job.ended_at or now) - began) if began is not None else "",
+                progress.window.line().partition(" | ")[0] if progress is not None else "",
+                job.output or "?",
+            )
+        )
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
 def status_words(job: Submission) -> str:
     """How a job stands, with its exit code."""
     return job.outcome if job.exit_code is None else f"{job.outcome}, exit code {job.exit_code}"
@@ -86,6 +111,15 @@ def result_lines(figures: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
+def figures_table(plan_id: str, figures: dict[str, Any]) -> Table:
+    """The table of a job's figures."""
+    table = Table("", "", title=f"plan {plan_id}", show_header=False)
+    table.columns[1].justify = "right"
+    for name, value in result_lines(figures):
+        table.add_row(name, value)
+    return table
+
+
 def row_line(row: dict[str, Any]) -> str:
     """A row of the output in one line: its id, and its answer or error, cut short."""
     if row["error_code"] is not None:
@@ -104,3 +138,18 @@ def clock(unix_s: float) -> str:
 def span(seconds: float) -> str:
     """A length of time, as 1:02:03."""
     return str(timedelta(seconds=round(max(0.0, seconds))))
+
+
+def how_to_go_on(job: Submission) -> str:
+    """The commands for a job that runs."""
+    return (
+        f"watch:  phi4ray status {job.id} --follow\n"
+        f"log:    phi4ray logs {job.id}\n"
+        f"stop:   phi4ray cancel {job.id}"
+    )
+
+
+def again(job: Submission) -> str:
+    """The command that goes on from the parts of a job."""
+    arguments = arguments_of(job.entrypoint)
+    return job.entrypoint if arguments is None else shlex.join(["phi4ray", "submit", *arguments])

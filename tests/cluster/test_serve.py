@@ -213,7 +213,28 @@ def test_vllms_metrics_and_ours_are_on_one_page(base_url: str, client: openai.Op
     assert found['vllm:generation_tokens_total{engine="0",model_name="phi-4"}'] > 0
     assert found["phi4ray:kv_capacity_tokens"] > 0
     assert any(name.startswith("phi4ray:requests_total{") for name in found)
-    assert any(name.startswith("vllm:time_to_first_token_seconds_bucket") for name in found)
+
+
+def test_the_histograms_that_latency_is_asked_of_have_counted(
+    base_url: str, client: openai.OpenAI
+) -> None:
+    told = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    queries = re.findall(r"^```promql\n(.*?)^```$", told, re.DOTALL | re.MULTILINE)
+    names = set(re.findall(r"[a-z0-9]+:[a-z0-9_]+(?=_bucket\[)", "\n".join(queries)))
+    assert len(names) == 6
+    client.completions.create(model=MODEL, prompt="count me", max_tokens=3)
+    found = metrics(base_url)
+    for name in names:
+        (count,) = [v for sample, v in found.items() if re.match(rf"{name}_count(\{{|$)", sample)]
+        assert count > 0, name
+
+
+def test_a_page_of_another_site_may_ask(base_url: str) -> None:
+    """vLLM's application answers the preflight of a browser; so it does with keys."""
+    preflight = {"origin": "https://chat.example.com", "access-control-request-method": "POST"}
+    answer = httpx.options(f"{base_url}/v1/chat/completions", headers=preflight)
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"] in ("*", preflight["origin"])
 
 
 def test_the_readmes_examples_work(base_url: str) -> None:

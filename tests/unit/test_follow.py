@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from jobs.follow import Watch, show_live
-from jobs.show import SILENT_S, job_facts, job_lines, result_lines, row_line
+from jobs.show import SILENT_S, again, job_facts, job_lines, job_list, result_lines, row_line
 from phi4ray.batch.progress import Progress, Window
 from phi4ray.batch.progress_file import ProgressFile, RunProgress
 from phi4ray.batch.submission import Submission
@@ -98,6 +98,20 @@ def test_the_same_is_told_to_programs() -> None:
     assert job_facts(job, found.model_copy(update={"window": still}))["progress"]["eta_s"] is None
 
 
+def test_jobs_are_listed_a_line_each_and_names_stay_whole() -> None:
+    running = Submission("out-1", "RUNNING", "python", "s3://bucket/" + "long/" * 50, 100.0)
+    found = RunProgress(plan_id="0123456789ab", updated_at=110.0, window=WINDOW)
+    ended = Submission("answers-of-may-2", "FAILED", "python", None, 100.0, 160.0, exit_code=1)
+    head, *lines = job_list([(running, found), (ended, None)], now=190.0)
+    assert head.split() == ["ID", "STATUS", "STARTED", "(UTC)", "FOR", "PROGRESS", "OUTPUT"]
+    assert lines == [
+        "out-1             running  1970-01-01 00:01:40  0:01:30  "
+        f"rows 1,200/10,000 (12%) errors 3  {running.output}",
+        f"answers-of-may-2  failed   1970-01-01 00:01:40  0:01:00  {' ' * 34}?",
+    ]
+    assert "phi4ray submit" in job_list([], now=0.0)[0]
+
+
 def test_what_is_missing_is_told_with_what_there_is() -> None:
     figures = {
         "rows": 6_000, "rows_total": 9_000, "parts": 3, "parts_total": 3, "error_rows": 1,
@@ -121,3 +135,10 @@ def test_a_row_is_one_line() -> None:
     assert row_line({**row, "text": "x" * 200}) == f"r: {'x' * 99}…"
     failed = {**row, "error_code": "timeout", "error_message": "no answer"}
     assert row_line(failed) == "r: [timeout] no answer"
+
+
+def test_the_command_that_goes_on_is_told() -> None:
+    job = Submission("out-1", "STOPPED", "python -m jobs.batch_infer '--output=s3://b/a b'")
+    assert again(job) == "phi4ray submit '--output=s3://b/a b'"
+    shell = "bash -c 'python -m jobs.batch_infer --config job.yaml || test $? -eq 3'"
+    assert again(Submission("out-1", "STOPPED", shell)) == shell
