@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
@@ -55,7 +56,7 @@ class Jobs:
                 f"no Ray cluster answers {place}: give its dashboard, --address http://HEAD:8265 "
                 f"({error})"
             ) from error
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, aiohttp.ClientError) as error:
             raise ClusterError(f"the Ray cluster {place} failed: {error}") from error
 
     def submit(

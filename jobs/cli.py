@@ -60,7 +60,7 @@ def main() -> None:
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="All flags of the job go along; `phi4ray submit -- --help` lists them.",
+    epilog="`phi4ray submit -- --help` lists the flags of the job.",
 )
 def submit(
     context: typer.Context,
@@ -77,7 +77,7 @@ def submit(
     ] = None,
     name: Annotated[str | None, typer.Option(help="the job's id; default: one is made")] = None,
 ) -> None:
-    """Start a batch job: phi4ray submit --input URI --output URI --recipe NAME [flags of the job].
+    """Start a batch job with --input, --output, --recipe and any other flag it has, and follow it.
 
     Ctrl-C stops the watching, and not the job.
     """

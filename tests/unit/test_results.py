@@ -1,9 +1,12 @@
 """Results: what a job wrote, from its output alone, while it runs and after."""
 
+import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
 
+from jobs.cli import app
 from phi4ray.batch.results import read_results, rows_of
 from phi4ray.errors import InputError
 from tests.small_jobs import job, parts, prompts, run, write_lines
@@ -84,3 +87,47 @@ def test_parts_that_lie_apart_are_found(tmp_path: Path) -> None:
 def test_where_no_job_has_written_that_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"_plan\.json is not there"):
         read_results(f"{tmp_path}/out")
+
+
+# phi4ray results
+
+
+def asked(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["results", *arguments])
+
+
+def test_a_job_without_errors_exits_0_and_shows_its_first_rows(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(8))
+    run(job(tmp_path))
+    told = asked(f"{tmp_path}/out", "--head", "2")
+    assert told.exit_code == 0
+    assert "r1: fake:" in told.stdout
+    assert "r2: " not in told.stdout
+    assert f"manifest: {tmp_path}/out/_manifest.json" in told.stdout
+
+
+def test_error_rows_exit_3_and_are_shown_alone(tmp_path: Path) -> None:
+    told = asked(finished(tmp_path), "--errors")
+    assert told.exit_code == 3
+    assert "none: [missing_prompt]" in told.stdout
+    assert "fake:" not in told.stdout
+
+
+def test_an_unfinished_job_exits_1_with_what_there_is(tmp_path: Path) -> None:
+    output = finished(tmp_path)
+    sorted(parts(job(tmp_path)).values())[0].unlink()
+    (tmp_path / "out" / "_SUCCESS").unlink()
+    told = asked(output)
+    assert told.exit_code == 1
+    assert "2 of 3 parts are written" in told.stderr
+    assert "r3: fake:" in told.stdout
+
+
+def test_programs_get_figures_and_whole_rows(tmp_path: Path) -> None:
+    output = finished(tmp_path)
+    told = asked(output, "--json", "--head", "9")
+    found = json.loads(told.stdout)
+    rows = found.pop("rows_shown")
+    assert found == read_results(output).figures()
+    assert len(rows) == 9
+    assert json.loads(rows[0]["response"])["object"] == "chat.completion"
