@@ -141,7 +141,7 @@ def test_a_job_is_left_found_again_and_cancelled(cluster: str, tmp_path: Path) -
 
 def test_the_readme_tells_commands_that_work(cluster: str, tmp_path: Path) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"^```sh\n(phi4ray submit.*?)^```$", readme, re.DOTALL | re.MULTILINE)
+    (block,) = re.findall(r"^```\n(phi4ray submit.*?)^```$", readme, re.DOTALL | re.MULTILINE)
     write_lines(tmp_path / "prompts" / "a.jsonl", prompts(3))
     here = tmp_path / "here"
     here.mkdir()
