@@ -27,6 +27,7 @@ from jobs.show import (
     status_words,
 )
 from jobs.upload import uploaded
+from phi4ray.batch.progress import last_progress_line
 from phi4ray.batch.progress_file import RunProgress
 from phi4ray.batch.results import read_results, rows_of
 from phi4ray.batch.submission import (
@@ -128,10 +129,13 @@ def status(
         if follow:
             _follow(jobs, job)
         found, trouble = _progress(job)
+        log_line = None
+        if found is None and job.status == "RUNNING":
+            log_line = last_progress_line(jobs.log(job.id))
         if as_json:
-            typer.echo(json.dumps(job_facts(job, found), indent=2))
+            typer.echo(json.dumps(job_facts(job, found, log_line), indent=2))
             return
-        for name, value in job_lines(job, found, time.time()):
+        for name, value in job_lines(job, found, time.time(), log_line):
             typer.echo(f"{name:<10} {value}")
         if trouble is not None:
             typer.echo(f"no progress from its output: {trouble}", err=True)

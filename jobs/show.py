@@ -14,8 +14,14 @@ TEXT_WIDTH = 100
 SILENT_S = 30.0
 
 
-def job_facts(job: Submission, found: RunProgress | None) -> dict[str, Any]:
-    """What is known of a job, for JSON; `progress` is None where it has told nothing."""
+def job_facts(
+    job: Submission, found: RunProgress | None, log_line: str | None = None
+) -> dict[str, Any]:
+    """What is known of a job, for JSON.
+
+    `progress` is None where it has told nothing in its output, and `progress_line` then is what its
+    log told last, if that was looked at.
+    """
     progress: dict[str, Any] | None = None
     if found is not None:
         last, eta = found.window.last, found.window.eta()
@@ -43,11 +49,14 @@ def job_facts(job: Submission, found: RunProgress | None) -> dict[str, Any]:
         "ended_at": job.ended_at,
         "entrypoint": job.entrypoint,
         "progress": progress,
+        "progress_line": log_line if found is None else found.window.line(),
     }
 
 
-def job_lines(job: Submission, found: RunProgress | None, now: float) -> list[tuple[str, str]]:
-    """What is known of a job, as people read it."""
+def job_lines(
+    job: Submission, found: RunProgress | None, now: float, log_line: str | None = None
+) -> list[tuple[str, str]]:
+    """What is known of a job, as people read it; `log_line` is for where it told nothing else."""
     lines = [("job", job.id), ("status", status_words(job)), ("output", job.output or "?")]
     if job.started_at is not None:
         lines.append(("started", f"{clock(job.started_at)} UTC"))
@@ -61,6 +70,8 @@ def job_lines(job: Submission, found: RunProgress | None, now: float) -> list[tu
         ]
         if now - found.updated_at > SILENT_S:
             lines.append(("told", f"{span(now - found.updated_at)} ago"))
+    elif log_line is not None:
+        lines.append(("progress", log_line))
     return [*lines, ("command", job.entrypoint)]
 
 

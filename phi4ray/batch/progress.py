@@ -157,3 +157,8 @@ class Progress:
     def window(self) -> Window:
         """The newest snapshot, and the one that rates are counted from."""
         return Window(self._recent[0], self._recent[-1])
+
+
+def last_progress_line(log: str) -> str | None:
+    """The newest line of a run's progress in its log."""
+    return next((line for line in reversed(log.splitlines()) if PROGRESS_LINE.match(line)), None)

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from jobs.follow import Watch, show_live
 from jobs.show import SILENT_S, again, job_facts, job_lines, job_list, result_lines, row_line
-from phi4ray.batch.progress import Progress, Window
+from phi4ray.batch.progress import Progress, Window, last_progress_line
 from phi4ray.batch.progress_file import ProgressFile, RunProgress
 from phi4ray.batch.submission import Submission
 from tests.unit.test_progress import Log, at
@@ -85,6 +85,18 @@ def test_an_ended_job_is_told_with_its_exit_code_and_length() -> None:
     lines = dict(job_lines(job, None, now=1e6))
     assert lines["status"] == "finished with error rows, exit code 3"
     assert (lines["for"], lines["output"]) == ("0:01:00", "?")
+
+
+def test_where_the_output_tells_nothing_the_log_does() -> None:
+    job = Submission("out-1", "RUNNING", "python", None, 100.0)
+    log = f"plan 0123456789ab: 10,000 rows\n{LOG.replace('7/', '6/')}\n{LOG}\na warning\n"
+    line = last_progress_line(log)
+    assert line == LOG
+    assert last_progress_line("plan\n") is None
+    assert dict(job_lines(job, None, 165.0, line))["progress"] == LOG
+    assert job_facts(job, None, line)["progress_line"] == LOG
+    found = RunProgress(plan_id="0123456789ab", updated_at=110.0, window=WINDOW)
+    assert job_facts(job, found, line)["progress_line"] == WINDOW.line()
 
 
 def test_the_same_is_told_to_programs() -> None:
