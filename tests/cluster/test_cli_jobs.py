@@ -1,5 +1,6 @@
 """Batch jobs by the command line, on a real cluster: submitted, watched, read, and cancelled."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner, Result
 
+from jobs.cli import app
 from tests.small_jobs import prompts, write_lines
 
 ROOT = Path(__file__).parents[2]
@@ -25,34 +28,37 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(280)]
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """A Ray cluster of this machine with phi4ray installed; gives where its dashboard is."""
-    here = {
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "RAY_AUTH_MODE": "disabled",  # no token is left on this machine
-    }
-    os.environ.update(here)
+    address = f"http://127.0.0.1:{PORT}"
     command = [BIN / "ray", "start", "--head", "--num-cpus=2", f"--dashboard-port={PORT}"]
-    subprocess.run([*command, "--port=0", "--disable-usage-stats"], check=True)
-    try:
-        yield f"http://127.0.0.1:{PORT}"
-    finally:
-        subprocess.run([BIN / "ray", "stop", "--force"], check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{BIN}{os.pathsep}{os.environ['PATH']}")
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # no token is left on this machine
+        patch.setenv("RAY_API_SERVER_ADDRESS", address)
+        subprocess.run([*command, "--port=0", "--disable-usage-stats"], check=True)
+        try:
+            yield address
+        finally:
+            subprocess.run([BIN / "ray", "stop", "--force"], check=True)
 
 
 def phi4ray(*arguments: str, cwd: Path, code: int = 0) -> str:
     """Run a command; gives what it printed, on stdout first."""
-    command = [sys.executable, "-m", "jobs.cli", *arguments]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == code, done.stdout + done.stderr
+    done = invoked(arguments, cwd)
+    assert done.exit_code == code, done.output
     return done.stdout + done.stderr
 
 
 def known_of(job_id: str, at: tuple[str, ...], cwd: Path) -> dict[str, Any]:
     """What `status` tells programs."""
-    command = [sys.executable, "-m", "jobs.cli", "status", job_id, *at, "--json"]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, check=True)
-    known: dict[str, Any] = json.loads(done.stdout)
+    known: dict[str, Any] = json.loads(invoked(("status", job_id, *at, "--json"), cwd).stdout)
     return known
+
+
+def invoked(arguments: Sequence[str], cwd: Path) -> Result:
+    # In this process: Ray takes seconds to import.
+    with contextlib.chdir(cwd):
+        return CliRunner().invoke(app, arguments)
 
 
 def test_a_job_is_submitted_watched_and_read(cluster: str, tmp_path: Path) -> None:
