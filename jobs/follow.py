@@ -64,19 +64,25 @@ def show_live(lines: Iterator[str | None], watch: Watch, console: Console) -> No
     """Show log lines, and progress as one live line, until the lines end."""
     readable, shown = True, False
     with Progress(console, interval_s=WRITE_S) as progress:
-        for line in lines:
-            if line is not None and not (shown and PROGRESS_LINE.match(line)):
-                console.print(line, soft_wrap=True)
-            if not readable:
-                continue
+
+        def look(*, last: bool = False) -> None:
+            nonlocal readable, shown
             try:
-                found = watch.look_when_due()
+                found = watch.look() if last else watch.look_when_due()
             except Phi4rayError as error:
                 readable = shown = False
                 console.print(f"progress comes from the log: {error}", style="yellow")
-                continue
+                return
             if found is not None:
                 if not shown:
                     progress.update(found.window.first)  # or no speed would be known at first
                 progress.update(found.window.last)
                 shown = True
+
+        for line in lines:
+            if line is not None and not (shown and PROGRESS_LINE.match(line)):
+                console.print(line, soft_wrap=True)
+            if readable:
+                look()
+        if readable:
+            look(last=True)

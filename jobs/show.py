@@ -68,7 +68,7 @@ def job_lines(
             ("rows/s", f"{found.window.rates()[2]:,.1f}"),
             *((f"  {code}", f"{rows:,}") for code, rows in sorted(last.errors.items())),
         ]
-        if now - found.updated_at > SILENT_S:
+        if not job.ended and now - found.updated_at > SILENT_S:
             lines.append(("told", f"{span(now - found.updated_at)} ago"))
     elif log_line is not None:
         lines.append(("progress", log_line))

@@ -1,6 +1,6 @@
 """A run's progress as an object under its output, where any process can read it.
 
-`_progress.json` is rewritten while rows are answered, and removed when the job is finished. No
+`_progress.json` is rewritten while rows are answered, and tells afterwards how that ended. No
 answer depends on it: where it cannot be written, the run says so once and goes on.
 """
 

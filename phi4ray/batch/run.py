@@ -13,14 +13,7 @@ from rich.console import Console
 from phi4ray.batch.executor import TICK_S, Executor
 from phi4ray.batch.manifest import check_receipts, list_parts, read_receipts, write_manifest
 from phi4ray.batch.parts import Receipt
-from phi4ray.batch.plan import (
-    PLAN_NAME,
-    PROGRESS_NAME,
-    REPORT_NAME,
-    SUCCESS_NAME,
-    Plan,
-    read_plan,
-)
+from phi4ray.batch.plan import PLAN_NAME, REPORT_NAME, SUCCESS_NAME, Plan, read_plan
 from phi4ray.batch.planning import obtain_plan
 from phi4ray.batch.progress import Progress
 from phi4ray.batch.progress_file import ProgressFile
@@ -142,7 +135,6 @@ def finish(config: BatchConfig, plan: Plan, facts: RunFacts, executor: Executor)
         report = render_report(config, plan, receipts, facts)
         storage_for(report_uri).write(report_uri, report.encode())
     write_manifest(config, plan, receipts, executor)
-    storage_for(config.output).delete(join(config.output, PROGRESS_NAME))
     return summarize(config, plan, receipts, facts)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +38,22 @@ def test_progress_is_one_live_line_and_the_rest_of_the_log_stays(tmp_path: Path)
     assert "plan 0123456789ab: 10,000 rows" in text
     assert "all done" in text
     assert "rows 7/10,000" not in text
+
+
+def test_what_a_run_told_at_its_end_is_shown_at_the_end(tmp_path: Path) -> None:
+    job = watched(tmp_path)
+
+    def lines() -> Iterator[str | None]:
+        yield None
+        end = Window(WINDOW.last, at(12.0, 10_000, 20_000, 10_000))
+        with ProgressFile(str(tmp_path), "0123456789ab", Console(file=io.StringIO())) as shared:
+            shared.update(end)
+
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=200, color_system=None)
+    show_live(lines(), Watch(job), console)
+    text = file.getvalue()
+    assert 0 < text.rindex("rows 1,200/10,000 (12%)") < text.rindex("rows 10,000/10,000 (100%)")
 
 
 def test_the_lines_of_the_log_stay_where_the_output_cannot_be_read() -> None:
@@ -78,6 +95,8 @@ def test_a_job_is_told_with_its_speed_and_errors() -> None:
     assert lines["told"] == "0:00:55 ago"
     fresh = found.model_copy(update={"updated_at": 165.0 - SILENT_S})
     assert "told" not in dict(job_lines(job, fresh, now=165.0))
+    ended = replace(job, status="SUCCEEDED", ended_at=112.0)
+    assert "told" not in dict(job_lines(ended, found, now=165.0))
 
 
 def test_an_ended_job_is_told_with_its_exit_code_and_length() -> None:

@@ -39,10 +39,12 @@ def test_what_another_version_wrote_is_no_progress(prefix: str) -> None:
     assert read_progress(prefix) is None
 
 
-def test_a_finished_job_leaves_none(tmp_path: Path) -> None:
+def test_a_finished_job_leaves_its_last_line(tmp_path: Path) -> None:
     write_lines(tmp_path / "in" / "a.jsonl", prompts(5))
     run(job(tmp_path))
-    assert not (tmp_path / "out" / PROGRESS_NAME).exists()
+    found = read_progress(f"{tmp_path}/out")
+    assert found is not None
+    assert "rows 5/5 (100%)" in found.window.line()
 
 
 def test_a_failed_job_leaves_how_far_it_came(tmp_path: Path) -> None:
