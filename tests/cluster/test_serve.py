@@ -22,6 +22,7 @@ from phi4ray.train.tiny import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
 MODEL = "phi-4"
+PAGE = "https://chat.example.com"
 pytestmark = [pytest.mark.cluster, pytest.mark.engine, pytest.mark.timeout(600)]
 
 
@@ -40,7 +41,7 @@ def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         sys.executable, "jobs/serve.py", "--recipe", "tiny-cpu", "--model", str(model),
         "--served-model-name", MODEL, "--port", str(port), "--max-model-len", "1024",
         "--engine-arg", "max_num_seqs=16", "tool_call_parser=hermes",
-        "enable_auto_tool_choice=true",
+        "enable_auto_tool_choice=true", f'allowed_origins=["{PAGE}"]',
     ]  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     with (folder / "log").open("wb") as log:
@@ -229,12 +230,17 @@ def test_the_histograms_that_latency_is_asked_of_have_counted(
         assert count > 0, name
 
 
-def test_a_page_of_another_site_may_ask(base_url: str) -> None:
-    """vLLM's application answers the preflight of a browser; so it does with keys."""
-    preflight = {"origin": "https://chat.example.com", "access-control-request-method": "POST"}
-    answer = httpx.options(f"{base_url}/v1/chat/completions", headers=preflight)
-    assert answer.status_code == 200
-    assert answer.headers["access-control-allow-origin"] in ("*", preflight["origin"])
+def test_a_page_of_a_site_that_is_named_may_ask(base_url: str) -> None:
+    ask = {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type",
+    }
+    path = f"{base_url}/v1/chat/completions"
+    told = httpx.options(path, headers=ask | {"origin": PAGE})
+    assert told.status_code == 200
+    assert told.headers["access-control-allow-origin"] == PAGE
+    assert "authorization" in told.headers["access-control-allow-headers"].lower()
+    assert httpx.options(path, headers=ask | {"origin": "https://other.com"}).status_code == 400
 
 
 def test_the_readmes_examples_work(base_url: str) -> None:
