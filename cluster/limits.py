@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import ray
 
+from phi4ray.serve.exchange import Exchange
 from phi4ray.serve.limits import Limiter, Spent
 
 EXCHANGE_S = 0.5
@@ -15,39 +16,20 @@ logger = logging.getLogger(__name__)
 
 
 class LimitsBoard:
-    """The actor in the middle: takes what one replica's tenants spent, gives what others' did."""
+    """The actor in the middle: a `phi4ray.serve.exchange.Exchange` with a clock."""
 
     def __init__(self) -> None:
-        self._owed: dict[str, dict[str, Spent]] = {}  # replica: tenant: what it has not heard of
-        self._running: dict[str, dict[str, int]] = {}
+        self._exchange = Exchange()
 
-    def exchange(self, replica: str, spent: Mapping[str, Spent], replicas: int) -> dict[str, Spent]:
-        """Hand in what was spent at a replica; gives what was spent at the others since its last.
-
-        `replicas` is how many there are: the ones not heard of for longest are forgotten.
-        """
-        heard = self._owed.pop(replica, {})
-        for owed in self._owed.values():
-            for tenant, one in spent.items():
-                known = owed.setdefault(tenant, Spent())
-                known.requests += one.requests
-                known.tokens += one.tokens
-        self._owed[replica] = {}
-        self._running.pop(replica, None)
-        self._running[replica] = {tenant: one.running for tenant, one in spent.items()}
-        while len(self._running) > max(1, replicas):
-            gone = next(iter(self._running))
-            del self._running[gone]
-            self._owed.pop(gone, None)
-        for other, running in self._running.items():
-            if other != replica:
-                for tenant, count in running.items():
-                    heard.setdefault(tenant, Spent()).running += count
-        return heard
+    def exchange(
+        self, replica: str, spent: Mapping[str, Spent], lacking: Mapping[str, Spent], replicas: int
+    ) -> dict[str, Spent]:
+        """See `phi4ray.serve.exchange.Exchange.exchange`."""
+        return self._exchange.exchange(replica, spent, lacking, replicas, time.monotonic())
 
 
 async def share_limits(application: str, replica: str, limiter: Limiter, replicas: int) -> None:
-    """Exchange what was spent with the other replicas, for as long as this one lives."""
+    """Exchange what was spent with the other replicas, from now on, while this one lives."""
     board = (
         ray.remote(LimitsBoard)
         .options(name=f"phi4ray-limits-{application}", get_if_exists=True, num_cpus=0,
@@ -55,10 +37,10 @@ async def share_limits(application: str, replica: str, limiter: Limiter, replica
         .remote()
     )  # fmt: skip
     while True:
-        await asyncio.sleep(EXCHANGE_S)
-        spent = limiter.take_spent()
+        spent, lacking = limiter.take_spent(), limiter.lacking(time.monotonic())
         try:
-            heard = await board.exchange.remote(replica, spent, replicas)
+            heard = await board.exchange.remote(replica, spent, lacking, replicas)
             limiter.absorb(heard, time.monotonic())
         except ray.exceptions.RayError:
             logger.warning("limits are counted at each replica alone until their actor is back")
+        await asyncio.sleep(EXCHANGE_S)

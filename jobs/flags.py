@@ -75,6 +75,20 @@ def add_fields(
         )
 
 
+def to_arguments(namespace: argparse.Namespace) -> list[str]:
+    """Arguments that parse to this namespace: the inverse of a parser of `new_parser`."""
+    arguments: list[str] = []
+    for name, value in vars(namespace).items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            arguments.append(flag)
+        elif isinstance(value, list):
+            arguments += [f"{flag}={item}" for item in value]
+        elif value is not None and value is not False:
+            arguments.append(f"{flag}={value}")
+    return arguments
+
+
 def engine_layer(arguments: argparse.Namespace) -> dict[str, Any]:
     """The engine's part of a configuration, from the flags that were given.
 

@@ -63,7 +63,7 @@ def models(as_json: AsJson = False) -> None:
         sampling = [f"{name}={value}" for name, value in entry.recommended_sampling.items()]
         quantized = [f"{hub_id} ({scheme})" for hub_id, scheme in entry.quantized.items()]
         table.add_row(head, *("\n".join(lines) for lines in (needs, sampling, quantized)))
-    _console().print(table)
+    new_console().print(table)
 
 
 @app.command()
@@ -91,7 +91,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Plan memory, settings, speed and cost of a model on a GPU, before renting any."""
-    with _exit_codes():
+    with exit_codes():
         given = {
             "model": model,
             "gpu": gpu,
@@ -110,7 +110,7 @@ def plan(
     if as_json:
         _print_json(dataclasses.asdict(sizing))
     elif sizing.problem is None:
-        _console().print(_table(f"{sizing.model} on {sizing.gpu}", sizing_lines(sizing)))
+        new_console().print(_table(f"{sizing.model} on {sizing.gpu}", sizing_lines(sizing)))
     if sizing.problem is not None:
         typer.echo(f"error: {sizing.problem}", err=True)
         raise typer.Exit(1)
@@ -120,9 +120,9 @@ def plan(
 def key(name: Annotated[str, typer.Argument(help="whose key it is")]) -> None:
     """Make an API key; prints it once, and what goes into the keys file."""
     secret, digest = new_key()
-    _console().print(f"key, for {name} only: {secret}")
-    _console().print("for gate.keys_file, below `tenants:`")
-    _console().print(f'- {{name: "{name}", key_sha256: ["{digest}"]}}')
+    new_console().print(f"key, for {name} only: {secret}")
+    new_console().print("for gate.keys_file, below `tenants:`")
+    new_console().print(f'- {{name: "{name}", key_sha256: ["{digest}"]}}')
 
 
 def model_facts(entry: CatalogueEntry) -> dict[str, Any]:
@@ -188,7 +188,8 @@ def sizing_lines(sizing: Sizing) -> list[tuple[str, str]]:
 
 
 @contextmanager
-def _exit_codes() -> Iterator[None]:
+def exit_codes() -> Iterator[None]:
+    """Say on stderr what went wrong, and exit with the code for it."""
     try:
         yield
     except Phi4rayError as error:
@@ -196,7 +197,8 @@ def _exit_codes() -> Iterator[None]:
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
 
 
-def _console() -> Console:
+def new_console() -> Console:
+    """A console that prints names whole."""
     # Off a terminal there is no width to keep to: names stay whole for whoever greps them.
     width = None if sys.stdout.isatty() else 160
     return Console(width=width, highlight=False, markup=False)

@@ -28,13 +28,18 @@ class PartEntry(Config):
 
 
 class Manifest(Config):
-    """What a finished job wrote. Totals are over all parts."""
+    """What a finished job wrote. Totals are over all parts.
+
+    `started_at` and `finished_at` are Unix seconds: the first part's start and the last one's end.
+    """
 
     plan_id: str
     rows: int
     errors: Mapping[str, int]
     prompt_tokens: int
     completion_tokens: int
+    started_at: float | None = None
+    finished_at: float | None = None
     parts: tuple[PartEntry, ...]
 
 
@@ -104,6 +109,8 @@ def write_manifest(
         errors=count_errors(receipts),
         prompt_tokens=sum(receipt.prompt_tokens for receipt in receipts),
         completion_tokens=sum(receipt.completion_tokens for receipt in receipts),
+        started_at=min((receipt.started_at for receipt in receipts), default=None),
+        finished_at=max((receipt.finished_at for receipt in receipts), default=None),
         parts=entries,
     )
     storage = storage_for(config.output)

@@ -20,6 +20,7 @@ PLAN_NAME = "_plan.json"
 MANIFEST_NAME = "_manifest.json"
 SUCCESS_NAME = "_SUCCESS"
 REPORT_NAME = "_report.html"
+PROGRESS_NAME = "_progress.json"
 
 _ANSWERS = re.compile(r"(_parts/)?part-\d{6,}-[0-9a-f]{12}\.(parquet|output\.jsonl|errors\.jsonl)")
 

@@ -1,5 +1,6 @@
 """Showing how a run goes: one live line in a terminal, plain lines elsewhere."""
 
+import re
 from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +18,9 @@ WINDOW_S = 20.0
 
 MAX_SAMPLES = 1000
 
+PROGRESS_LINE = re.compile(r"\d\d:\d\d:\d\d rows [\d,]+/[\d,]+ \(")
+"""How the lines begin that `Progress` prints off a terminal."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -29,6 +33,47 @@ class Sample:
     running: int
     waiting: int
     replicas: int
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A run's newest snapshot, and the oldest one that its rates are taken from."""
+
+    first: Snapshot
+    last: Snapshot
+
+    def rates(self) -> tuple[float, float, float]:
+        """Prompt tokens, completion tokens and rows a second."""
+        first, last = self.first, self.last
+        seconds = last.elapsed_s - first.elapsed_s
+        if seconds <= 0:
+            return 0.0, 0.0, 0.0
+        # A killed worker's unfinished shards are counted again: that is no negative speed.
+        return (
+            max(0.0, (last.prompt_tokens - first.prompt_tokens) / seconds),
+            max(0.0, (last.completion_tokens - first.completion_tokens) / seconds),
+            max(0.0, (last.rows_done - first.rows_done) / seconds),
+        )
+
+    def eta(self) -> timedelta | None:
+        """How long the rest will take at this speed; None where there is none."""
+        row_rate = self.rates()[2]
+        left = self.last.rows_total - self.last.rows_done
+        return timedelta(seconds=round(left / row_rate)) if row_rate else None
+
+    def line(self) -> str:
+        """Say in one line how the run stands."""
+        last = self.last
+        percent = 100 * last.rows_done // max(1, last.rows_total)  # 100 only when all are
+        rows = f"rows {last.rows_done:,}/{last.rows_total:,} ({percent}%)"
+        if last.starting:
+            return f"{rows} starting replicas… {last.elapsed_s:.0f} s"
+        prompt_rate, completion_rate, _ = self.rates()
+        return (
+            f"{rows} errors {last.error_rows:,} | prompt {prompt_rate:,.0f} tok/s output "
+            f"{completion_rate:,.0f} tok/s | in flight {last.rows_in_flight:,} KV "
+            f"{last.kv_used_fraction:.0%} replicas {last.replicas} | ETA {self.eta() or '?'}"
+        )
 
 
 class Progress:
@@ -75,7 +120,7 @@ class Progress:
             self._recent.popleft()
         self._sample(snapshot)
         if self._bar is not None:
-            line, total, done = self.line(snapshot), snapshot.rows_total, snapshot.rows_done
+            line, total, done = self.window.line(), snapshot.rows_total, snapshot.rows_done
             self._bar.update(self._task, description=line, total=total, completed=done)
         elif (
             self._printed is None
@@ -85,13 +130,13 @@ class Progress:
 
     def _print(self, snapshot: Snapshot) -> None:
         self._printed = snapshot
-        line = f"{self._console.get_datetime():%H:%M:%S} {self.line(snapshot)}"
+        line = f"{self._console.get_datetime():%H:%M:%S} {self.window.line()}"
         self._console.print(line, soft_wrap=True)
 
     def _sample(self, snapshot: Snapshot) -> None:
         if self.history and snapshot.elapsed_s - self.history[-1].elapsed_s < self._spacing_s:
             return
-        prompt_rate, completion_rate, _ = self.rates()
+        prompt_rate, completion_rate, _ = self.window.rates()
         self.history.append(
             Sample(
                 snapshot.elapsed_s,
@@ -108,30 +153,12 @@ class Progress:
             first, last = self.history[0].elapsed_s, self.history[-1].elapsed_s
             self._spacing_s = (last - first) / (len(self.history) - 1)
 
-    def rates(self) -> tuple[float, float, float]:
-        """Prompt tokens, completion tokens and rows a second over the window."""
-        first, last = self._recent[0], self._recent[-1]
-        seconds = last.elapsed_s - first.elapsed_s
-        if seconds <= 0:
-            return 0.0, 0.0, 0.0
-        # A killed worker's unfinished shards are counted again: that is no negative speed.
-        return (
-            max(0.0, (last.prompt_tokens - first.prompt_tokens) / seconds),
-            max(0.0, (last.completion_tokens - first.completion_tokens) / seconds),
-            max(0.0, (last.rows_done - first.rows_done) / seconds),
-        )
+    @property
+    def window(self) -> Window:
+        """The newest snapshot, and the one that rates are counted from."""
+        return Window(self._recent[0], self._recent[-1])
 
-    def line(self, snapshot: Snapshot) -> str:
-        """Say in one line how the run stands."""
-        percent = 100 * snapshot.rows_done // max(1, snapshot.rows_total)  # 100 only when all are
-        rows = f"rows {snapshot.rows_done:,}/{snapshot.rows_total:,} ({percent}%)"
-        if snapshot.starting:
-            return f"{rows} starting replicas… {snapshot.elapsed_s:.0f} s"
-        prompt_rate, completion_rate, row_rate = self.rates()
-        left = snapshot.rows_total - snapshot.rows_done
-        eta = str(timedelta(seconds=round(left / row_rate))) if row_rate else "?"
-        return (
-            f"{rows} errors {snapshot.error_rows:,} | prompt {prompt_rate:,.0f} tok/s output "
-            f"{completion_rate:,.0f} tok/s | in flight {snapshot.rows_in_flight:,} KV "
-            f"{snapshot.kv_used_fraction:.0%} replicas {snapshot.replicas} | ETA {eta}"
-        )
+
+def last_progress_line(log: str) -> str | None:
+    """The newest line of a run's progress in its log."""
+    return next((line for line in reversed(log.splitlines()) if PROGRESS_LINE.match(line)), None)

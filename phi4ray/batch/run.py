@@ -16,6 +16,7 @@ from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import PLAN_NAME, REPORT_NAME, SUCCESS_NAME, Plan, read_plan
 from phi4ray.batch.planning import obtain_plan
 from phi4ray.batch.progress import Progress
+from phi4ray.batch.progress_file import ProgressFile
 from phi4ray.batch.report import render_report
 from phi4ray.batch.summary import RunFacts, Summary, facts_of, summarize
 from phi4ray.batch.tally import Snapshot, Tally
@@ -91,11 +92,15 @@ def answer(
     rewritten = {shard: receipt for shard, receipt in pending.items() if receipt is not None}
     rows = sum(r.error_rows if r else plan.shards[shard].rows for shard, r in pending.items())
     tally = Tally(plan.rows, plan.rows - rows, rewritten)
-    with Progress(console, config.progress_interval_s) as progress:
+    with (
+        Progress(console, config.progress_interval_s) as progress,
+        ProgressFile(config.output, plan.plan_id, console) as shared,
+    ):
 
         def look(*, final: bool = False) -> Snapshot:
             snapshot = tally.snapshot(executor.stats(), time.monotonic() - began)
             progress.update(snapshot)
+            shared.update(progress.window)
             tally.check_errors(snapshot, config.max_error_fraction, final=final)
             return snapshot
 

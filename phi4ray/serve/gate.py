@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,7 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from phi4ray.config import Config
 from phi4ray.protocol import Json
 from phi4ray.serve import metrics
-from phi4ray.serve.limits import Limiter, Refused, Remaining
+from phi4ray.serve.headers import is_form, is_preflight, key_of, rate_limits
+from phi4ray.serve.limits import Limiter, Refused
 from phi4ray.serve.paths import OPEN
 from phi4ray.serve.responses import send_error
 from phi4ray.serve.state import State
@@ -89,9 +89,10 @@ class Gate:
             await refuse(431, "headers_too_large", "the request's headers are too large")
             return
         tenant: Tenant | None = None
-        if self._keys is not None and (scope["path"].rstrip("/") or "/") not in self._open:
+        needs_key = (scope["path"].rstrip("/") or "/") not in self._open
+        if self._keys is not None and needs_key and not is_preflight(scope, headers):
             now_s = time.monotonic()
-            key = _key(headers)
+            key = key_of(headers)
             tenant = self._keys.find(key, now_s) if key else None
             self._open_accounts(now_s)
             if tenant is None:
@@ -132,10 +133,14 @@ class Gate:
             message = f"'model' must be one that this API key may use: {', '.join(may)}"
             await _refuse(send, 403, "model_not_allowed", message)
             return
+        if may is not None and is_form(scope):
+            message = f"this API key may use {', '.join(may)} only, and forms are not looked into"
+            await _refuse(send, 403, "model_not_allowed", f"{message}: send JSON")
+            return
         now_s = time.monotonic()  # an upload may have taken its time
         tokens = self._demand(scope["path"], state.body)
         lease = self.limiter.acquire(tenant, tokens, now_s)
-        left = _left(self.limiter.remaining(tenant, now_s))
+        left = rate_limits(self.limiter.remaining(tenant, now_s))
         if isinstance(lease, Refused):
             await _refuse(
                 send, 429, "rate_limit_exceeded",
@@ -228,23 +233,3 @@ def _deeper(value: Any, levels: int) -> bool:
             child for one in inside for child in (one.values() if isinstance(one, dict) else one)
         ]
     return True
-
-
-def _key(headers: Mapping[bytes, bytes]) -> str | None:
-    """The key that a client presents, as OpenAI's clients do, or as Anthropic's."""
-    scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-    if scheme.lower() == "bearer" and key.strip():
-        return key.strip()
-    return headers.get(b"x-api-key", b"").decode("latin-1").strip() or None
-
-
-def _left(remaining: Remaining) -> dict[str, str]:
-    """OpenAI's `x-ratelimit-` headers; resets are seconds until the limit is whole again."""
-    found = {}
-    for name, pair in (("requests", remaining.requests), ("tokens", remaining.tokens)):
-        if pair is not None:
-            limit, left = pair
-            found[f"x-ratelimit-limit-{name}"] = f"{limit:.0f}"
-            found[f"x-ratelimit-remaining-{name}"] = str(math.floor(left))
-            found[f"x-ratelimit-reset-{name}"] = f"{(limit - left) * 60 / limit:.1f}s"
-    return found

@@ -4,8 +4,8 @@ Each replica counts for itself, and tells the others now and then what was spent
 exchange a replica hands in `take_spent()`, and gives to `absorb()` the sum of what the others have
 handed in since its last exchange, with the requests that run at them now. Nothing may be handed on
 twice, or to the replica it came from. A limit is then exceeded by no more than what the replicas
-admit between two exchanges. A replica that starts has a full minute's worth for every tenant:
-it has not heard what was spent before.
+admit between two exchanges. A replica that starts hears, at its first exchange, what the others'
+buckets are lacking: see `phi4ray.serve.exchange`.
 """
 
 import math
@@ -146,6 +146,18 @@ class Limiter:
             if account.spent != Spent():
                 spent[name], account.spent = account.spent, Spent()
         return spent
+
+    def lacking(self, now_s: float) -> dict[str, Spent]:
+        """What each tenant's buckets need to be full; full ones are left out."""
+        lacking = {}
+        for name, account in self._accounts.items():
+            requests, tokens = (
+                0.0 if bucket is None else bucket.per_minute - bucket.refill(now_s)
+                for bucket in (account.requests, account.tokens)
+            )
+            if requests > 0 or tokens > 0:
+                lacking[name] = Spent(requests, tokens)
+        return lacking
 
     def absorb(self, elsewhere: Mapping[str, Spent], now_s: float) -> None:
         """Count what was spent at the other replicas since the last call."""

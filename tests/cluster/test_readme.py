@@ -41,7 +41,7 @@ def test_its_commands_are_what_the_program_takes() -> None:
 
 
 def test_its_flags_exist() -> None:
-    known = set(parser().format_help().split()) | {"--gpu-hour-price", "--config"}
+    known = set(parser().format_help().split()) | {"--gpu-hour-price", "--config", "--address"}
     for flag in set(re.findall(r"`(--[a-z-]+)", README)):
         assert flag in known, flag
 

@@ -22,6 +22,7 @@ from phi4ray.train.tiny import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
 MODEL = "phi-4"
+PAGE = "https://chat.example.com"
 pytestmark = [pytest.mark.cluster, pytest.mark.engine, pytest.mark.timeout(600)]
 
 
@@ -40,7 +41,7 @@ def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         sys.executable, "jobs/serve.py", "--recipe", "tiny-cpu", "--model", str(model),
         "--served-model-name", MODEL, "--port", str(port), "--max-model-len", "1024",
         "--engine-arg", "max_num_seqs=16", "tool_call_parser=hermes",
-        "enable_auto_tool_choice=true",
+        "enable_auto_tool_choice=true", f'allowed_origins=["{PAGE}"]',
     ]  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     with (folder / "log").open("wb") as log:
@@ -213,7 +214,33 @@ def test_vllms_metrics_and_ours_are_on_one_page(base_url: str, client: openai.Op
     assert found['vllm:generation_tokens_total{engine="0",model_name="phi-4"}'] > 0
     assert found["phi4ray:kv_capacity_tokens"] > 0
     assert any(name.startswith("phi4ray:requests_total{") for name in found)
-    assert any(name.startswith("vllm:time_to_first_token_seconds_bucket") for name in found)
+
+
+def test_the_histograms_that_latency_is_asked_of_have_counted(
+    base_url: str, client: openai.OpenAI
+) -> None:
+    told = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    queries = re.findall(r"^```promql\n(.*?)^```$", told, re.DOTALL | re.MULTILINE)
+    names = set(re.findall(r"[a-z0-9]+:[a-z0-9_]+(?=_bucket\[)", "\n".join(queries)))
+    assert len(names) == 6
+    client.completions.create(model=MODEL, prompt="count me", max_tokens=3)
+    found = metrics(base_url)
+    for name in names:
+        (count,) = [v for sample, v in found.items() if re.match(rf"{name}_count(\{{|$)", sample)]
+        assert count > 0, name
+
+
+def test_a_page_of_a_site_that_is_named_may_ask(base_url: str) -> None:
+    ask = {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type",
+    }
+    path = f"{base_url}/v1/chat/completions"
+    told = httpx.options(path, headers=ask | {"origin": PAGE})
+    assert told.status_code == 200
+    assert told.headers["access-control-allow-origin"] == PAGE
+    assert "authorization" in told.headers["access-control-allow-headers"].lower()
+    assert httpx.options(path, headers=ask | {"origin": "https://other.com"}).status_code == 400
 
 
 def test_the_readmes_examples_work(base_url: str) -> None:

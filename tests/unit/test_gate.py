@@ -16,11 +16,13 @@ import openai
 import pytest
 import uvicorn
 import yaml
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phi4ray.errors import ConfigError
 from phi4ray.protocol import Json
 from phi4ray.serve.gate import DEEPEST_JSON, Gate, GateConfig
+from phi4ray.serve.headers import FORM
 from phi4ray.serve.limits import Spent
 from phi4ray.serve.meter import Usage
 from phi4ray.serve.observe import Observe
@@ -224,6 +226,41 @@ def test_a_body_is_not_read_before_its_key_is_known(tmp_path: Path) -> None:
     assert statuses[0] == 401
 
 
+PREFLIGHT = {
+    "origin": "https://chat.example.com",
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization,content-type",
+}
+
+
+def test_a_browser_is_told_what_a_page_may_ask_without_a_key(tmp_path: Path) -> None:
+    app = App()
+    inner = CORSMiddleware(app, allow_origins=["*"], allow_headers=["*"], allow_methods=["*"])
+    answers: list[httpx.Response] = []
+
+    async def scenario(client: httpx.AsyncClient) -> None:
+        answers.append(await client.options(CHAT, headers=PREFLIGHT))
+        answers.append(await client.post(CHAT, content=HELLO, headers=PREFLIGHT))
+
+    asked(gated(inner, **keys(tmp_path)), scenario)
+    assert [answer.status_code for answer in answers] == [200, 401]
+    allowed = answers[0].headers["access-control-allow-headers"].split(",")
+    assert [name.strip() for name in allowed if "auth" in name.lower()] == ["authorization"]
+    assert app.bodies == []
+
+
+@pytest.mark.parametrize("missing", ["origin", "access-control-request-method"])
+def test_what_only_looks_like_that_needs_a_key(tmp_path: Path, missing: str) -> None:
+    headers = {name: value for name, value in PREFLIGHT.items() if name != missing}
+    answers: list[httpx.Response] = []
+
+    async def scenario(client: httpx.AsyncClient) -> None:
+        answers.append(await client.options(CHAT, headers=headers))
+
+    asked(gated(App(), **keys(tmp_path)), scenario)
+    refused(answers[0], 401, "invalid_api_key")
+
+
 def test_the_open_paths_are_the_configured_ones(tmp_path: Path) -> None:
     gate = gated(App(), open_paths=["/alive"], **keys(tmp_path))
     paths = ("/alive", "/alive/", "/alive/x", "/health", "/")
@@ -267,6 +304,29 @@ def test_a_tenant_with_models_must_name_one_of_them(
 ) -> None:
     gate = gated(App(), **keys(tmp_path, models=["m"]))
     assert answer_to(gate, json=body, content=None, headers=KEY).status_code == status
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["multipart/form-data; boundary=x", "Multipart/Mixed", FORM.decode(), f"{FORM.decode()};"],
+)
+def test_a_tenant_with_models_may_not_hide_one_in_a_form(tmp_path: Path, kind: str) -> None:
+    app = App()
+    gate = gated(app, **keys(tmp_path, models=["m"]))
+    path = "/v1/audio/transcriptions"
+    form = {"content-type": kind}
+    refused(answer_to(gate, path, headers=KEY | form), 403, "model_not_allowed")
+    twice = [*KEY.items(), *form.items(), ("content-type", "application/json")]
+    assert answer_to(gate, path, headers=twice).status_code == 403
+    assert answer_to(gate, path, headers=twice[::-1]).status_code == 403
+    assert app.bodies == []
+
+
+def test_a_tenant_that_may_use_all_models_may_send_forms(tmp_path: Path) -> None:
+    app = App()
+    form = {"content-type": "multipart/form-data; boundary=x"}
+    assert answer_to(gated(app, **keys(tmp_path)), headers=KEY | form).status_code == 200
+    assert app.bodies == [HELLO]
 
 
 def test_a_websocket_has_no_key_and_is_closed_where_keys_are_needed(tmp_path: Path) -> None:

@@ -171,6 +171,18 @@ def test_a_tenant_that_is_not_spoken_of_runs_nothing_elsewhere() -> None:
     assert admitted(limiter, who, 1, 0.0) == 1
 
 
+def test_what_buckets_lack_is_what_was_spent_and_is_not_refilled() -> None:
+    limiter, who = Limiter(), tenant(requests_per_minute=60, tokens_per_minute=600)
+    limiter.open([who], 0.0)
+    assert limiter.lacking(0.0) == {}
+    limiter.acquire(who, 100, 0.0)
+    limiter.absorb({"acme": Spent(4.0, 20.0)}, 0.0)
+    assert limiter.lacking(0.0) == {"acme": Spent(5.0, 120.0)}
+    assert limiter.lacking(1.0) == {"acme": Spent(4.0, 110.0)}
+    assert limiter.lacking(5.0) == {"acme": Spent(0.0, 70.0)}
+    assert limiter.lacking(12.0) == {}
+
+
 def test_a_limit_that_the_keys_file_changes_holds_at_once() -> None:
     limiter = Limiter()
     assert admitted(limiter, tenant(requests_per_minute=100), 5, 0.0) == 5
@@ -210,9 +222,11 @@ def fleet(
     return taken
 
 
-def assert_no_window_exceeds(per_minute: float, taken: Sequence[tuple[float, float]]) -> None:
-    """In any time t at most a minute's worth, what t refills, and what one interval took."""
-    largest = max(amount for _, amount in taken)
+def assert_no_window_exceeds(
+    per_minute: float, taken: Sequence[tuple[float, float]], excess_intervals: int = 1
+) -> None:
+    """In any time t at most a minute's worth, what t refills, and what so many intervals took."""
+    largest = excess_intervals * max(amount for _, amount in taken)
     for first, (began_s, _) in enumerate(taken):
         total = 0.0
         for now_s, amount in taken[first:]:

@@ -130,8 +130,9 @@ def test_nothing_is_printed_of_a_run_that_did_not_begin() -> None:
 def test_a_hundred_percent_are_all_rows() -> None:
     progress = Progress(Log().console, interval_s=10)
     progress.update(at(0.0, 9_999))
-    assert "(99%)" in progress.line(at(1.0, 9_999))
-    assert "(100%)" in progress.line(at(1.0, 10_000))
+    assert "(99%)" in progress.window.line()
+    progress.update(at(1.0, 10_000))
+    assert "(100%)" in progress.window.line()
 
 
 def test_rates_are_means_over_the_last_seconds_and_not_over_the_run() -> None:
@@ -140,7 +141,7 @@ def test_rates_are_means_over_the_last_seconds_and_not_over_the_run() -> None:
         progress.update(at(second, 100 * second, 1_000 * second, 10 * second))
     for second in range(100, 100 + int(WINDOW_S) + 1):
         progress.update(at(second, 10_000, 100_000, 1_000 + 50 * (second - 100)))
-    assert progress.rates() == (0.0, 50.0, 0.0)
+    assert progress.window.rates() == (0.0, 50.0, 0.0)
 
 
 def test_the_time_that_replicas_take_to_start_is_not_in_the_rates() -> None:
@@ -148,22 +149,22 @@ def test_the_time_that_replicas_take_to_start_is_not_in_the_rates() -> None:
     progress.update(at(0.0, replicas=0))
     progress.update(at(8.0, replicas=0))
     progress.update(at(10.0, 10, 200, 20))
-    assert progress.rates() == (100.0, 10.0, 5.0)
+    assert progress.window.rates() == (100.0, 10.0, 5.0)
 
 
 def test_rates_after_a_pause_are_means_over_the_pause() -> None:
     progress = Progress(Log().console, interval_s=10)
     progress.update(at(0.0))
     progress.update(at(2 * WINDOW_S, 80, 4_000, 400))
-    assert progress.rates() == (100.0, 10.0, 2.0)
+    assert progress.window.rates() == (100.0, 10.0, 2.0)
 
 
 def test_work_that_is_lost_is_no_negative_speed() -> None:
     progress = Progress(Log().console, interval_s=10)
     progress.update(at(0.0, 500, 5_000, 500))
     progress.update(at(5.0, 400, 4_000, 400))
-    assert progress.rates() == (0.0, 0.0, 0.0)
-    assert progress.line(at(5.0, 400)).endswith("ETA ?")
+    assert progress.window.rates() == (0.0, 0.0, 0.0)
+    assert progress.window.line().endswith("ETA ?")
 
 
 def test_the_history_holds_what_the_report_draws() -> None:
