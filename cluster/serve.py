@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from ray.serve.config import RequestRouterConfig
@@ -26,6 +27,7 @@ from cluster.limits import share_limits
 from cluster.routing import KVRouter, route_picker
 from phi4ray.engines import make_replica
 from phi4ray.errors import EngineDeadError, EngineStartError
+from phi4ray.exporter import export_metrics
 from phi4ray.serve.app import OnlineApp
 from phi4ray.serve.autoscaling import ReplicaLoad
 from phi4ray.serve.config import ServeConfig, serve_config
@@ -50,6 +52,7 @@ class Phi4Replica:
         os.environ.pop("OMP_NUM_THREADS", None)
         self._replica: Any = make_replica(config.engine)
         await self._replica.start()
+        export_metrics(ray.util.get_node_ip_address())
         self._app = OnlineApp(self._replica, config)
         here = serve.get_replica_context()
         self._watch = asyncio.create_task(self._exit_with_the_engine())

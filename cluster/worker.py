@@ -17,6 +17,7 @@ from phi4ray.batch.worker import ShardWorker
 from phi4ray.config import BatchConfig
 from phi4ray.engines import make_replica
 from phi4ray.errors import EngineDeadError, EngineStartError, Phi4rayError
+from phi4ray.exporter import export_metrics
 
 REPORT_S = 0.5
 
@@ -61,6 +62,7 @@ class RayShardWorker:
             )
         replica = make_replica(config.engine)
         await replica.start()
+        export_metrics(ray.util.get_node_ip_address())
         await self._board.started.remote(self._name)
         return ShardWorker(config, plan, replica)
 
