@@ -1,6 +1,7 @@
 """A batch job's progress as Prometheus metrics, on the Ray metrics port of the driver's node.
 
-Ray puts `ray_` before each name, and `_total` behind those of counters.
+Ray puts `ray_` before each name, and `_total` behind those of counters. A gauge goes 20 s after
+its driver, a counter stays as long as the node: what is divided by each other are gauges.
 """
 
 from ray.util.metrics import Counter, Gauge
@@ -10,21 +11,35 @@ from phi4ray.batch.tally import Snapshot
 JOB = ("output",)
 
 
-class JobMetrics:
-    """The metrics of one job, which is named by its output prefix.
+class HighWater:
+    """Makes counters of totals that may go back.
 
-    Totals never go back. A snapshot does when a worker is lost, because rows of its open shards
-    will be answered again; nothing is counted until those are made up for.
+    A snapshot's do when a worker is lost, whose open shards will be answered again: nothing is
+    counted until those rows are made up for.
     """
+
+    def __init__(self) -> None:
+        self._highest: dict[str, int] = {}
+
+    def rise(self, name: str, total: int) -> int:
+        """How much a total is above all that came before; 0 where it is not."""
+        before = self._highest.get(name, 0)
+        self._highest[name] = max(before, total)
+        return max(0, total - before)
+
+
+class JobMetrics:
+    """The metrics of one job, which is named by its output prefix."""
 
     def __init__(self, output: str) -> None:
         self._tags = {"output": output}
-        self._counted: dict[tuple[str, str], int] = {}
+        self._water = HighWater()
         self._gauges = {
             name: Gauge(f"phi4ray_batch_{name}", described, JOB)
             for name, described in (
                 ("rows_planned", "Rows of the job"),
                 ("rows_done", "Rows answered, in earlier runs too"),
+                ("rows_resumed", "Those that earlier runs answered"),
                 ("rows_in_flight", "Rows that the engines have"),
                 ("replicas", "Replicas that report"),
                 ("kv_used_fraction", "Share of the KV caches in use, the replicas' mean"),
@@ -44,21 +59,20 @@ class JobMetrics:
         for name, value in (
             ("rows_planned", snapshot.rows_total),
             ("rows_done", snapshot.rows_done),
+            ("rows_resumed", snapshot.rows_resumed),
             ("rows_in_flight", snapshot.rows_in_flight),
             ("replicas", snapshot.replicas),
             ("kv_used_fraction", snapshot.kv_used_fraction),
             ("elapsed_seconds", snapshot.elapsed_s),
         ):
             self._gauges[name].set(value, self._tags)
-        self._count(self._rows, snapshot.rows_done - snapshot.rows_resumed)
         for code, rows in snapshot.errors.items():
             self._errors.set(rows, {**self._tags, "code": code})
-        self._count(self._tokens, snapshot.prompt_tokens, kind="prompt")
-        self._count(self._tokens, snapshot.completion_tokens, kind="completion")
-
-    def _count(self, counter: Counter, total: int, **tags: str) -> None:
-        key = counter.info["name"], *tags.values()
-        before = self._counted.get(key, 0)
-        if total > before:
-            counter.inc(total - before, {**self._tags, **tags})
-            self._counted[key] = total
+        if rows := self._water.rise("rows", snapshot.rows_done - snapshot.rows_resumed):
+            self._rows.inc(rows, self._tags)
+        for kind, total in (
+            ("prompt", snapshot.prompt_tokens),
+            ("completion", snapshot.completion_tokens),
+        ):
+            if tokens := self._water.rise(kind, total):
+                self._tokens.inc(tokens, {**self._tags, "kind": kind})

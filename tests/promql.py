@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,29 @@ GRAFANA = {"$__rate_interval": "1m", "$__range": "1h", "$namespace": ".*", "$out
 
 @dataclass(frozen=True)
 class Selector:
-    """A metric, and the labels that it must have where an expression matches or groups by them."""
+    """A metric, the labels by which an expression groups or matches it, and their matchers.
+
+    A matcher is a label, `=`, `!=`, `=~` or `!~`, and a value.
+    """
 
     name: str
     labels: frozenset[str]
+    matchers: frozenset[tuple[str, str, str]] = frozenset()
+
+    def selects(self, labels: Mapping[str, str], ignored: Collection[str] = ()) -> bool:
+        """Whether a series with these labels is one; `ignored` ones may have any value."""
+        if not all(labels.get(label) is not None for label in self.labels):
+            return False
+        tests = {
+            "=": lambda value, wanted: value == wanted,
+            "!=": lambda value, wanted: value != wanted,
+            "=~": lambda value, wanted: re.fullmatch(wanted, value) is not None,
+            "!~": lambda value, wanted: re.fullmatch(wanted, value) is None,
+        }
+        return all(
+            label in ignored or tests[op](labels[label], value)
+            for label, op, value in self.matchers
+        )
 
 
 def rules() -> list[dict[str, Any]]:
@@ -60,11 +80,19 @@ def selectors(expression: str) -> set[Selector]:
     return found
 
 
+def operator(op: promql.MatchOp) -> str:
+    operators = {"Equal": "=", "NotEqual": "!=", "Re": "=~", "NotRe": "!~"}
+    return next(text for name, text in operators.items() if op == getattr(promql.MatchOp, name))
+
+
 def _collect(node: Any, grouped: frozenset[str], found: set[Selector]) -> None:
     match node:
         case promql.VectorSelector():
-            matched = {matcher.name for matcher in node.matchers.matchers}
-            found.add(Selector(node.name, grouped | matched))
+            matchers = frozenset(
+                (one.name, operator(one.op), one.value) for one in node.matchers.matchers
+            )
+            labels = grouped | {label for label, _, _ in matchers}
+            found.add(Selector(node.name, labels, matchers))
         case promql.MatrixSelector():
             _collect(node.vector_selector, grouped, found)
         case promql.AggregateExpr():

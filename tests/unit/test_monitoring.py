@@ -21,6 +21,7 @@ from phi4ray.serve import metrics
 from tests.manifests import (
     K8S,
     ROOT,
+    Object,
     clusters,
     container,
     each_overlay,
@@ -61,10 +62,19 @@ def test_the_parser_refuses_what_is_not() -> None:
 def test_selectors_are_found_with_all_labels_that_an_expression_uses() -> None:
     found = selectors('sum by (a) (rate(x_total{b="c"}[5m])) / on (d) group_left (e) y or z')
     assert found == {
-        Selector("x_total", frozenset({"a", "b"})),
+        Selector("x_total", frozenset({"a", "b"}), frozenset({("b", "=", "c")})),
         Selector("y", frozenset()),
         Selector("z", frozenset()),
     }
+
+
+def test_a_selector_needs_its_labels_and_their_values() -> None:
+    [selector] = selectors('sum by (a) (x{b=~"c.",d!="e"})')
+    assert selector.selects({"a": "1", "b": "cc", "d": "2"})
+    assert not selector.selects({"b": "cc", "d": "2"})
+    assert not selector.selects({"a": "1", "b": "ccc", "d": "2"})
+    assert not selector.selects({"a": "1", "b": "cc", "d": "e"})
+    assert selector.selects({"a": "1", "b": "ccc", "d": "e"}, ignored={"b", "d"})
 
 
 def ours() -> dict[str, set[str]]:
@@ -190,21 +200,32 @@ def test_pod_monitors_name_ports_that_pods_have_and_prometheus_may_reach(name: s
     objects = overlay(name)
     [policy] = of_kind(objects, "NetworkPolicy")
     reachable = {port["port"] for port in policy["spec"]["ingress"][3]["ports"]}
-    monitors = of_kind(render(FOLDER), "PodMonitor")
+    monitors = [one["spec"] for one in of_kind(render(FOLDER), "PodMonitor")]
     monitored: set[int] = set()
     for cluster in clusters(objects):
         for group in groups(cluster):
-            kind = "head" if group is cluster["headGroupSpec"] else "worker"
-            [monitor] = [
-                one["spec"] for one in monitors
-                if one["spec"]["selector"]["matchLabels"]["ray.io/node-type"] == kind
-            ]  # fmt: skip
-            labels = dict(monitor["selector"]["matchLabels"])
-            del labels["ray.io/node-type"]  # which KubeRay adds
-            assert labels.items() <= group["template"]["metadata"]["labels"].items()
             ports = {port["name"]: port["containerPort"] for port in container(group)["ports"]}
-            monitored |= {ports[one["port"]] for one in monitor["podMetricsEndpoints"]}
-    assert monitored == reachable
+            head = group is cluster["headGroupSpec"]
+            found = [one for one in monitors if matches(one["selector"], group, head)]
+            assert found
+            monitored |= {ports[end["port"]] for one in found for end in one["podMetricsEndpoints"]}
+    serves = name.endswith(("/service", "/fleet"))
+    assert monitored == (reachable if serves else reachable - {PROXY})
+    assert PROXY in reachable
+
+
+PROXY = 9101  # RAY_SERVE_HAPROXY_METRICS_PORT
+
+
+def matches(selector: Object, group: Object, head: bool) -> bool:
+    """Whether pods of a group are selected, with the label that KubeRay adds."""
+    kind = {"ray.io/node-type": "head" if head else "worker"}
+    labels = {**group["template"]["metadata"]["labels"], **kind}
+    expressions = [
+        labels.get(one["key"]) in one.get("values", [labels.get(one["key"])])
+        for one in selector.get("matchExpressions", ())
+    ]
+    return selector["matchLabels"].items() <= labels.items() and all(expressions)
 
 
 def test_replicas_export_where_they_are_scraped() -> None:

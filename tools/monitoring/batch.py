@@ -55,8 +55,8 @@ HEALTH = (
         "Error rows", "By error code, of this run's rows.", "percentunit",
         (
             Query(
-                f"{each('error_rows', 'output, code')} / on (output) group_left "
-                f"{each('rows_total')}", "{{code}} {{output}}",
+                f"{each('error_rows', 'output, code')} / on (output) group_left () "
+                f"({each('rows_done')} - {each('rows_resumed')})", "{{code}} {{output}}",
             ),
         ),
     ),

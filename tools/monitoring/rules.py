@@ -152,6 +152,8 @@ def of_jobs(metric: str, window: str = "", function: str = "") -> str:
     return f"max by (namespace, output) ({f'{function}({selected})' if function else selected})"
 
 
+RUN_ROWS = f"{of_jobs('rows_done')} - {of_jobs('rows_resumed')}"
+
 BATCH = (
     alert(
         "Phi4rayBatchNoProgress",
@@ -165,10 +167,12 @@ BATCH = (
     ),
     alert(
         "Phi4rayBatchErrorFraction",
-        "sum by (namespace, output) (ray_phi4ray_batch_error_rows) / "
-        "sum by (namespace, output) (ray_phi4ray_batch_rows_total) > 0.05 or "
+        "(sum by (namespace, output) (ray_phi4ray_batch_error_rows) / "
+        f"({RUN_ROWS}) > 0.05 or "
         "sum by (namespace, output) (delta(ray_phi4ray_batch_error_rows[15m])) / "
-        "sum by (namespace, output) (increase(ray_phi4ray_batch_rows_total[15m])) > 0.05",
+        "sum by (namespace, output) (increase(ray_phi4ray_batch_rows_total[15m])) > 0.05) and "
+        # As max_error_fraction does: of a few rows a share says nothing.
+        f"{RUN_ROWS} >= 100",
         "2m",
         "warning",
         "{{ $labels.output }}: many rows get no answer",
