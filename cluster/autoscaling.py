@@ -33,6 +33,9 @@ class ScaleByTokens:
         self._gauge = Gauge(
             "phi4ray_desired_replicas", "Replicas that autoscaling wants", ("application",)
         )
+        self._bounds = Gauge(
+            "phi4ray_replicas_bound", "Fewest and most replicas now", ("application", "bound")
+        )
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """How many replicas there should be, and the state for the next call."""
@@ -53,7 +56,12 @@ class ScaleByTokens:
             now_s=context.current_time,
             state=context.policy_state,
         )
-        self._gauge.set(decision.replicas, tags={"application": context.app_name or ""})
+        tags = {"application": context.app_name or ""}
+        self._gauge.set(decision.replicas, tags)
+        for bound, replicas in zip(
+            ("min", "max"), self._config.bounds(context.current_time), strict=True
+        ):
+            self._bounds.set(replicas, {**tags, "bound": bound})
         if decision.replicas != now:
             # Serve's controller shows warnings and keeps the rest in a file.
             logger.warning("%d -> %d replicas: %s", now, decision.replicas, decision.reason)

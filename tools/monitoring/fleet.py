@@ -137,9 +137,12 @@ ENGINES = (
         ),
     ),
     Panel(
-        "Replicas, wanted and there", "What autoscaling wants, what Serve holds healthy, and "
-        "engines that answer.", "short",
+        "Replicas, wanted and there", "What autoscaling wants and between which bounds, what Serve "
+        "holds healthy, and engines that answer.", "short",
         (
+            Query(
+                f"sum by (application, bound) (ray_phi4ray_replicas_bound{{{HERE}}})", "{{bound}}"
+            ),
             Query(f"sum by (application) (ray_phi4ray_desired_replicas{{{HERE}}})", "wanted"),
             Query(
                 f'sum(ray_serve_deployment_replica_healthy{{{HERE},deployment="replica"}})',
