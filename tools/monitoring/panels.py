@@ -14,6 +14,7 @@ from grafana_foundation_sdk.models.common import (
 )
 from grafana_foundation_sdk.models.dashboard import (
     DataSourceRef,
+    VariableOption,
     VariableRefresh,
 )
 
@@ -68,7 +69,7 @@ class Panel:
 
 
 def variable(name: str, metric: str) -> dashboard.QueryVariable:
-    """Let the reader choose among the values that a label of a metric has."""
+    """Let the reader choose among the values that a label of a metric has; at first all of them."""
     return (
         dashboard.QueryVariable(name)
         .id(name)
@@ -77,7 +78,7 @@ def variable(name: str, metric: str) -> dashboard.QueryVariable:
         .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
         .multi(True)
         .include_all(True)
-        .all_value(".*")
+        .current(VariableOption(text="All", value="$__all"))
     )
 
 

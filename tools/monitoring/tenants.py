@@ -66,6 +66,6 @@ def build() -> Dashboard:
         "tenants",
         "phi4ray: tenants",
         "Who asks, who is refused, who uses how much.",
-        [variable("namespace", asked), variable("tenant", asked)],
+        [variable("namespace", asked), variable("tenant", asked).all_value(".*")],
         [("Tenants", PANELS)],
     )
