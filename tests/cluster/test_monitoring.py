@@ -49,6 +49,22 @@ class Page:
                 yield sample.name, {**sample.labels, **target}
 
 
+@dataclass(frozen=True)
+class Running:
+    """A service and a job: where they tell how they are, and how to ask the service."""
+
+    pages: list[Page]
+    url: str
+    keys: Mapping[str, str]
+
+    def ask(self, tenant: str, **change: Any) -> int:
+        """A completion for the owner of a key; gives the HTTP status."""
+        body = {"model": "phi-4", "prompt": "Once upon a time", "max_tokens": 8, **change}
+        key = {"Authorization": f"Bearer {self.keys.get(tenant, 'wrong')}"}
+        answer = httpx.post(f"{self.url}/v1/completions", json=body, headers=key, timeout=60)
+        return answer.status_code
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -71,8 +87,8 @@ def reached(url: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Page]]:
-    """A service with a real engine that was asked, a job in its middle, and where they tell."""
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A service with a real engine that was asked, and a job in its middle."""
     from cluster.environment import SERVING
 
     folder = tmp_path_factory.mktemp("monitoring")
@@ -84,25 +100,24 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Page]]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(proxy),
     }  # fmt: skip
     start = [
-        BIN / "ray", "start", "--head", "--num-cpus=8", "--port=0", "--disable-usage-stats",
+        BIN / "ray", "start", "--head", "--num-cpus=4", "--port=0", "--disable-usage-stats",
         "--include-dashboard=false", "--node-ip-address=127.0.0.1",
         f"--metrics-export-port={ray}",
     ]  # fmt: skip
     subprocess.run(start, check=True, env=environment)
     taken = [port for port in exporter.PORTS if reached(f"http://127.0.0.1:{port}/metrics")]
     keys = {"good": new_key(), "limited": new_key()}
-    running = []
+    started = []
     try:
         with (folder / "log").open("wb") as log:
             spawn = functools.partial(
                 subprocess.Popen, cwd=ROOT, env=environment, stdout=log, stderr=log
             )
-            running.append(spawn(serving(folder, http, {n: one[1] for n, one in keys.items()})))
+            started.append(spawn(serving(folder, http, {n: one[1] for n, one in keys.items()})))
+            started.append(spawn(job(folder)))
             url = f"http://127.0.0.1:{http}"
-            until(240, log.name, lambda: reached(f"{url}/ready") or running[0].poll())
-            assert running[0].poll() is None, (folder / "log").read_text(errors="replace")[-5000:]
-            running.append(spawn(job(folder)))
-            ask(url, {name: one[0] for name, one in keys.items()})
+            until(240, log.name, lambda: reached(f"{url}/ready") or started[0].poll())
+            assert started[0].poll() is None, (folder / "log").read_text(errors="replace")[-5000:]
             rays = Page("phi4ray-ray", f"127.0.0.1:{ray}")
             until(90, log.name, lambda: has(rays, "ray_phi4ray_batch_rows_total"))
             replicas = [
@@ -110,9 +125,19 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Page]]:
                 for port in exporter.PORTS
                 if port not in taken and reached(f"http://127.0.0.1:{port}/metrics")
             ]
-            yield [rays, Page("phi4ray-proxy", f"127.0.0.1:{proxy}"), *replicas]
+            proxies = Page("phi4ray-proxy", f"127.0.0.1:{proxy}")
+            found = Running(
+                [rays, proxies, *replicas], url, {name: one[0] for name, one in keys.items()}
+            )
+            assert (
+                found.ask("good", stream=True) == found.ask("good") == found.ask("limited") == 200
+            )
+            assert found.ask("good", max_tokens=10_000) == 400
+            assert found.ask("limited") == 429
+            assert found.ask("nobody") == 401
+            yield found
     finally:
-        for process in reversed(running):
+        for process in reversed(started):
             process.send_signal(signal.SIGINT)
             process.wait(60)
         subprocess.run([BIN / "ray", "stop", "--force"], check=True)
@@ -143,39 +168,20 @@ def job(folder: Path) -> list[str]:
     (folder / "rows.jsonl").write_text("\n".join(["{not json", *rows]))
     return [
         sys.executable, "jobs/batch_infer.py", "--recipe", "fake", "--input",
-        str(folder / "rows.jsonl"), "--output", f"{folder}/out/", "--engine-arg", "latency_s=0.2",
+        str(folder / "rows.jsonl"), "--output", f"{folder}/out/", "--engine-arg", "latency_s=1",
     ]  # fmt: skip
-
-
-def ask(url: str, keys: Mapping[str, str]) -> None:
-    """Streams and whole answers, without a key, over a limit, and too many tokens."""
-    body = {"model": "phi-4", "prompt": "Once upon a time", "max_tokens": 8}
-    answered = []
-    for key, change in [
-        *[(keys["good"], {"stream": stream}) for stream in (True, False) for _ in range(3)],
-        (keys["good"], {"max_tokens": 10_000}),
-        (keys["limited"], {}),
-        (keys["limited"], {}),
-        ("wrong", {}),
-    ]:
-        answer = httpx.post(
-            f"{url}/v1/completions", json={**body, **change},
-            headers={"Authorization": f"Bearer {key}"}, timeout=60,
-        )  # fmt: skip
-        answered.append(answer.status_code)
-    assert answered == [200] * 6 + [400, 200, 429, 401]
 
 
 def has(page: Page, name: str) -> bool:
     return any(name == found for found, _ in page.series())
 
 
-def test_every_metric_is_there_with_the_labels_that_expressions_use(pages: list[Page]) -> None:
-    assert [page.job for page in pages] == ["phi4ray-ray", "phi4ray-proxy"] + [
+def test_every_metric_is_there_with_the_labels_that_expressions_use(running: Running) -> None:
+    assert [page.job for page in running.pages] == ["phi4ray-ray", "phi4ray-proxy"] + [
         "phi4ray-replica"
     ] * 2
     series: dict[str, list[Mapping[str, str]]] = {}
-    for page in pages:
+    for page in running.pages:
         for name, labels in page.series():
             series.setdefault(name, []).append(labels)
     recorded = {rule["record"] for rule in rules() if "record" in rule}
@@ -189,14 +195,16 @@ def test_every_metric_is_there_with_the_labels_that_expressions_use(pages: list[
 
 
 @pytest.mark.skipif(prometheus is None, reason="prometheus is not here")
-def test_prometheus_evaluates_every_expression(pages: list[Page], tmp_path: Path) -> None:
+def test_prometheus_evaluates_every_expression(running: Running, tmp_path: Path) -> None:
     port = free_port()
     config = yaml.safe_load((FOLDER / "prometheus.yaml").read_text())
     config["global"] = {"scrape_interval": "2s", "evaluation_interval": "2s"}
     config["rule_files"] = [str(FOLDER / "rules.yaml")]
     for scrape in config["scrape_configs"]:
         [targets] = scrape["static_configs"]
-        targets["targets"] = [page.address for page in pages if page.job == scrape["job_name"]]
+        targets["targets"] = [
+            page.address for page in running.pages if page.job == scrape["job_name"]
+        ]
     (tmp_path / "prometheus.yaml").write_text(yaml.safe_dump(config))
     server = subprocess.Popen(
         [
@@ -214,12 +222,19 @@ def test_prometheus_evaluates_every_expression(pages: list[Page], tmp_path: Path
     recorded = [rule["record"] for rule in rules() if "record" in rule]
     try:
         until(30, "Prometheus", lambda: reached(f"http://127.0.0.1:{port}/-/ready"))
-        until(60, "rules", lambda: all(query(f"{name} >= 0") for name in recorded if "5m" in name))
+        until(60, "a scrape of every page", lambda: len(query("up == 1")) == len(running.pages))
+
+        def shares() -> bool:
+            assert running.ask("good", stream=True) == 200
+            return all(query(f"{name} >= 0") for name in recorded)
+
+        until(60, "shares of bad events", shares)
         for rule in rules():
             query(rule["expr"])
         # Nothing failed at the server, and nobody was turned away for want of room.
         shown = [text for text in panels() if 'status=~"5..' not in text]
-        assert [text for text in shown if not query(text)] == []
+        empty = [text for text in shown if not query(text)]
+        assert not empty, empty
         loaded = httpx.get(f"http://127.0.0.1:{port}/api/v1/rules").json()["data"]["groups"]
         health = {rule["health"] for group in loaded for rule in group["rules"]}
         assert health == {"ok"}
