@@ -51,8 +51,9 @@ class Phi4Replica:
         # Ray allows as many threads as the actor has CPUs; vLLM knows better what it needs.
         os.environ.pop("OMP_NUM_THREADS", None)
         self._replica: Any = make_replica(config.engine)
-        await self._replica.start()
+        # Before the engine: one that cannot start is seen as well.
         export_metrics(ray.util.get_node_ip_address())
+        await self._replica.start()
         self._app = OnlineApp(self._replica, config)
         here = serve.get_replica_context()
         self._watch = asyncio.create_task(self._exit_with_the_engine())

@@ -61,8 +61,8 @@ class RayShardWorker:
                 "worker logs of this actor in the Ray dashboard"
             )
         replica = make_replica(config.engine)
-        await replica.start()
         export_metrics(ray.util.get_node_ip_address())
+        await replica.start()
         await self._board.started.remote(self._name)
         return ShardWorker(config, plan, replica)
 
