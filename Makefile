@@ -10,10 +10,10 @@ export RAY_USAGE_STATS_ENABLED := 0
 export VLLM_NO_USAGE_STATS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve test check lint format clean
+.PHONY: help venv demo serve test check lint format monitoring clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(READY) ## make .venv: CPU engine, Ray and the tools below
 
@@ -43,6 +43,9 @@ lint: $(READY) ## ruff and mypy
 format: $(READY) ## ruff's fixes and formatting
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
+
+monitoring: $(READY) ## write k8s/monitoring's dashboards and rules from tools/monitoring
+	@$(BIN)/python -m tools.monitoring
 
 clean: ## remove what runs leave behind; .venv stays
 	rm -rf .demo .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist

@@ -38,6 +38,9 @@ class ScaleByTokens:
             "1 for why it wants as many as it last decided, 0 for the other causes",
             ("application", "cause"),
         )
+        self._bounds = Gauge(
+            "phi4ray_replicas_bound", "Fewest and most replicas now", ("application", "bound")
+        )
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """How many replicas there should be, and the state for the next call."""
@@ -62,6 +65,10 @@ class ScaleByTokens:
         self._desired.set(decision.replicas, tags=application)
         for cause in CAUSES:
             self._cause.set(float(cause == decision.cause), tags={**application, "cause": cause})
+        for bound, replicas in zip(
+            ("min", "max"), self._config.bounds(context.current_time), strict=True
+        ):
+            self._bounds.set(replicas, tags={**application, "bound": bound})
         if decision.replicas != now:
             # Serve's controller shows warnings and keeps the rest in a file.
             logger.warning(

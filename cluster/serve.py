@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from ray.serve.config import RequestRouterConfig
@@ -28,6 +29,7 @@ from cluster.routing import KVRouter, route_picker
 from phi4ray.config import EngineConfig
 from phi4ray.engines import make_replica
 from phi4ray.errors import EngineDeadError, EngineStartError
+from phi4ray.exporter import export_metrics
 from phi4ray.serve.app import OnlineApp
 from phi4ray.serve.autoscaling import ReplicaLoad
 from phi4ray.serve.config import ServeConfig, serve_config
@@ -52,6 +54,8 @@ class Phi4Replica:
         # Ray allows as many threads as the actor has CPUs; vLLM knows better what it needs.
         os.environ.pop("OMP_NUM_THREADS", None)
         self._replica: Any = make_replica(_shared(config.engine))
+        # Before the engine: one that cannot start is seen as well.
+        export_metrics(ray.util.get_node_ip_address())
         await self._replica.start()
         self._app = OnlineApp(self._replica, config)
         here = serve.get_replica_context()

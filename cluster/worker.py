@@ -17,6 +17,7 @@ from phi4ray.batch.worker import ShardWorker
 from phi4ray.config import BatchConfig
 from phi4ray.engines import make_replica
 from phi4ray.errors import EngineDeadError, EngineStartError, Phi4rayError
+from phi4ray.exporter import export_metrics
 
 REPORT_S = 0.5
 
@@ -60,6 +61,7 @@ class RayShardWorker:
                 "worker logs of this actor in the Ray dashboard"
             )
         replica = make_replica(config.engine)
+        export_metrics(ray.util.get_node_ip_address())
         await replica.start()
         await self._board.started.remote(self._name)
         return ShardWorker(config, plan, replica)

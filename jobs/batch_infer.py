@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a
 from cluster.batch import RayExecutor
 from cluster.harvest import ServeExecutor
 from cluster.local import connected
+from cluster.metrics import JobMetrics
 from jobs.flags import (
     ENGINE_FLAGS,
     Flags,
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 gpu = find_recipe(arguments.recipe).gpu if arguments.recipe else None
                 describe_plan(config, plan, console, gpu=gpu)
                 return 0
-            summary = run_batch(config, executor, console)
+            summary = run_batch(config, executor, console, JobMetrics(config.output).publish)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,7 +6,7 @@ Nothing here knows Ray or vLLM. Every step may be cut off at any point and run a
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from rich.console import Console
 
@@ -25,8 +25,15 @@ from phi4ray.errors import ConfigError, ObjectNotFoundError, PlanMismatchError
 from phi4ray.storage import join, storage_for
 
 
-def run_batch(config: BatchConfig, executor: Executor, console: Console) -> Summary:
+def run_batch(
+    config: BatchConfig,
+    executor: Executor,
+    console: Console,
+    publish: Callable[[Snapshot], None] | None = None,
+) -> Summary:
     """Run or resume a job; returns when `_SUCCESS` is written.
+
+    `publish` is given every snapshot of the progress, about each `TICK_S`.
 
     Raises:
         ConfigError: the configuration cannot be run; nothing was started.
@@ -48,7 +55,7 @@ def run_batch(config: BatchConfig, executor: Executor, console: Console) -> Summ
             "answered: tell them apart by source_file and source_row",
             style="yellow",
         )
-    facts = answer(config, plan, pending, executor, console)
+    facts = answer(config, plan, pending, executor, console, publish)
     return finish(config, plan, facts, executor)
 
 
@@ -78,6 +85,7 @@ def answer(
     pending: Mapping[int, Receipt | None],
     executor: Executor,
     console: Console,
+    publish: Callable[[Snapshot], None] | None = None,
 ) -> RunFacts:
     """Have the pending shards answered and written, showing progress.
 
@@ -101,6 +109,8 @@ def answer(
             snapshot = tally.snapshot(executor.stats(), time.monotonic() - began)
             progress.update(snapshot)
             shared.update(progress.window)
+            if publish is not None:
+                publish(snapshot)
             tally.check_errors(snapshot, config.max_error_fraction, final=final)
             return snapshot
 

@@ -27,12 +27,17 @@ REQUESTS: Final = Counter(
 REJECTED: Final = Counter(
     "phi4ray:rejected_requests", "Requests that were turned away, by error code", ["code"]
 )
+TOKENS: Final = Counter(
+    "phi4ray:tokens",
+    "Tokens of answered requests, by `prompt` or `completion`, and by tenant",
+    ["kind", "tenant"],
+)
 QUEUE_TIME: Final = Histogram(
     "phi4ray:queue_time_seconds", "Wait for room in the KV cache", buckets=_SECONDS
 )
 TTFT: Final = Histogram(
     "phi4ray:time_to_first_byte_seconds",
-    "From a request's arrival to the first byte of its answer's body, waiting included",
+    "From the arrival of a request that streams to its answer's first byte, waiting included",
     buckets=_SECONDS,
 )
 DURATION: Final = Histogram(

@@ -43,11 +43,13 @@ class Observe:
         state = State(_request_id(scope))
         scope.setdefault("state", {})[KEY] = state
         first_byte_s = None
+        streams = False
 
         async def observed(message: Message) -> None:
-            nonlocal first_byte_s
+            nonlocal first_byte_s, streams
             if message["type"] == "http.response.start":
                 state.status = message["status"]
+                streams = _streams(message)
             elif first_byte_s is None and message.get("body"):
                 first_byte_s = time.perf_counter() - began
             await send(message)
@@ -55,6 +57,8 @@ class Observe:
         try:
             await self.app(scope, receive, observed)
         finally:
+            if streams and state.status == 200 and first_byte_s is not None:
+                metrics.TTFT.observe(first_byte_s)
             self._tell(scope, state, first_byte_s, time.perf_counter() - began)
 
     def _tell(self, scope: Scope, state: State, first_byte_s: float | None, total_s: float) -> None:
@@ -68,8 +72,10 @@ class Observe:
                 return
         else:
             metrics.DURATION.observe(total_s)
-            if first_byte_s is not None and status == 200:
-                metrics.TTFT.observe(first_byte_s)
+        if state.usage:
+            tenant = state.tenant or ""
+            metrics.TOKENS.labels("prompt", tenant).inc(state.usage.prompt_tokens)
+            metrics.TOKENS.labels("completion", tenant).inc(state.usage.completion_tokens)
         line = {
             "request_id": state.request_id,
             "method": scope["method"],
@@ -83,6 +89,14 @@ class Observe:
             "completion_tokens": state.usage.completion_tokens if state.usage else None,
         }
         logger.info(json.dumps({name: value for name, value in line.items() if value is not None}))
+
+
+def _streams(start: Message) -> bool:
+    """Whether an answer comes piece by piece: of another one the first byte says nothing."""
+    return any(
+        name.lower() == b"content-type" and value.startswith(b"text/event-stream")
+        for name, value in start.get("headers", ())
+    )
 
 
 def _request_id(scope: Scope) -> str:

@@ -1,0 +1,243 @@
+"""Every expression of rules and dashboards, against a service and a job that run."""
+
+import functools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from phi4ray import exporter
+from phi4ray.serve.tenants import new_key
+from phi4ray.train.tiny import make_tiny_model
+from tests.promql import FOLDER, expressions, panels, rules, selectors
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+prometheus = shutil.which("prometheus")
+pytestmark = [pytest.mark.cluster, pytest.mark.engine, pytest.mark.timeout(600)]
+
+# What these say depends on what went wrong, and nothing goes wrong here in every way there is.
+OUTCOMES = ("status", "code")
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page of metrics, and the label `job` that its series get."""
+
+    job: str
+    address: str
+
+    def series(self) -> Iterator[tuple[str, Mapping[str, str]]]:
+        """Names and labels, with those that Prometheus adds."""
+        target = {"job": self.job, "instance": self.address, "namespace": "local"}
+        text = httpx.get(f"http://{self.address}/metrics", timeout=30).text
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                yield sample.name, {**sample.labels, **target}
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service and a job: where they tell how they are, and how to ask the service."""
+
+    pages: list[Page]
+    url: str
+    keys: Mapping[str, str]
+
+    def ask(self, tenant: str, **change: Any) -> int:
+        """A completion for the owner of a key; gives the HTTP status."""
+        body = {"model": "phi-4", "prompt": "Once upon a time", "max_tokens": 8, **change}
+        key = {"Authorization": f"Bearer {self.keys.get(tenant, 'wrong')}"}
+        answer = httpx.post(f"{self.url}/v1/completions", json=body, headers=key, timeout=60)
+        return answer.status_code
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def until(seconds: float, what: str, done: Any) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := done()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.5)
+    return found
+
+
+def reached(url: str) -> bool:
+    try:
+        return httpx.get(url).is_success
+    except httpx.TransportError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A service with a real engine that was asked, and a job in its middle."""
+    from cluster.environment import SERVING
+
+    folder = tmp_path_factory.mktemp("monitoring")
+    ray, proxy, http = free_port(), free_port(), free_port()
+    environment = {
+        **os.environ, **SERVING,
+        "RAY_AUTH_MODE": "disabled",  # no token is left on this machine
+        "RAY_ADDRESS": "auto",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(proxy),
+    }  # fmt: skip
+    start = [
+        BIN / "ray", "start", "--head", "--num-cpus=4", "--port=0", "--disable-usage-stats",
+        "--include-dashboard=false", "--node-ip-address=127.0.0.1",
+        f"--metrics-export-port={ray}",
+    ]  # fmt: skip
+    subprocess.run(start, check=True, env=environment)
+    taken = [port for port in exporter.PORTS if reached(f"http://127.0.0.1:{port}/metrics")]
+    keys = {"good": new_key(), "limited": new_key()}
+    started = []
+    try:
+        with (folder / "log").open("wb") as log:
+            spawn = functools.partial(
+                subprocess.Popen, cwd=ROOT, env=environment, stdout=log, stderr=log
+            )
+            started.append(spawn(serving(folder, http, {n: one[1] for n, one in keys.items()})))
+            started.append(spawn(job(folder)))
+            url = f"http://127.0.0.1:{http}"
+            until(240, log.name, lambda: reached(f"{url}/ready") or started[0].poll())
+            assert started[0].poll() is None, (folder / "log").read_text(errors="replace")[-5000:]
+            rays = Page("phi4ray-ray", f"127.0.0.1:{ray}")
+            until(90, log.name, lambda: has(rays, "ray_phi4ray_batch_rows_total"))
+            replicas = [
+                Page("phi4ray-replica", f"127.0.0.1:{port}")
+                for port in exporter.PORTS
+                if port not in taken and reached(f"http://127.0.0.1:{port}/metrics")
+            ]
+            proxies = Page("phi4ray-proxy", f"127.0.0.1:{proxy}")
+            found = Running(
+                [rays, proxies, *replicas], url, {name: one[0] for name, one in keys.items()}
+            )
+            assert (
+                found.ask("good", stream=True) == found.ask("good") == found.ask("limited") == 200
+            )
+            assert found.ask("good", max_tokens=10_000) == 400
+            assert found.ask("limited") == 429
+            assert found.ask("nobody") == 401
+            yield found
+    finally:
+        for process in reversed(started):
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+        subprocess.run([BIN / "ray", "stop", "--force"], check=True)
+
+
+def serving(folder: Path, port: int, digests: Mapping[str, str]) -> list[str]:
+    limits = {"good": {}, "limited": {"requests_per_minute": 1}}
+    tenants = [
+        {"name": name, "key_sha256": [digest], **limits[name]} for name, digest in digests.items()
+    ]
+    (folder / "keys.yaml").write_text(yaml.safe_dump({"tenants": tenants}))
+    config = {
+        "gate": {"keys_file": str(folder / "keys.yaml")},
+        "autoscaling": {"min_replicas": 1, "max_replicas": 2},
+    }
+    (folder / "serve.yaml").write_text(yaml.safe_dump(config))
+    model = make_tiny_model(folder / "tiny")
+    return [
+        sys.executable, "jobs/serve.py", "--recipe", "tiny-cpu", "--config",
+        str(folder / "serve.yaml"), "--model", str(model), "--served-model-name", "phi-4",
+        "--port", str(port), "--max-model-len", "1024",
+    ]  # fmt: skip
+
+
+def job(folder: Path) -> list[str]:
+    """One that goes on for as long as it is looked at: the fake engine takes its time."""
+    rows = [json.dumps({"id": str(n), "prompt": f"row {n}"}) for n in range(200_000)]
+    (folder / "rows.jsonl").write_text("\n".join(["{not json", *rows]))
+    return [
+        sys.executable, "jobs/batch_infer.py", "--recipe", "fake", "--input",
+        str(folder / "rows.jsonl"), "--output", f"{folder}/out/", "--engine-arg", "latency_s=1",
+    ]  # fmt: skip
+
+
+def has(page: Page, name: str) -> bool:
+    return any(name == found for found, _ in page.series())
+
+
+def test_every_metric_is_there_with_the_labels_that_expressions_use(running: Running) -> None:
+    assert [page.job for page in running.pages] == ["phi4ray-ray", "phi4ray-proxy"] + [
+        "phi4ray-replica"
+    ] * 2
+    series: dict[str, list[Mapping[str, str]]] = {}
+    for page in running.pages:
+        for name, labels in page.series():
+            series.setdefault(name, []).append(labels)
+    recorded = {rule["record"] for rule in rules() if "record" in rule}
+    used = {one for text in expressions() for one in selectors(text) if one.name not in recorded}
+    assert len(used) > 40
+    missing = {
+        one for one in used
+        if not any(one.selects(labels, OUTCOMES) for labels in series.get(one.name, ()))
+    }  # fmt: skip
+    assert missing == set()
+
+
+@pytest.mark.skipif(prometheus is None, reason="prometheus is not here")
+def test_prometheus_evaluates_every_expression(running: Running, tmp_path: Path) -> None:
+    port = free_port()
+    config = yaml.safe_load((FOLDER / "prometheus.yaml").read_text())
+    config["global"] = {"scrape_interval": "2s", "evaluation_interval": "2s"}
+    config["rule_files"] = [str(FOLDER / "rules.yaml")]
+    for scrape in config["scrape_configs"]:
+        [targets] = scrape["static_configs"]
+        targets["targets"] = [
+            page.address for page in running.pages if page.job == scrape["job_name"]
+        ]
+    (tmp_path / "prometheus.yaml").write_text(yaml.safe_dump(config))
+    server = subprocess.Popen(
+        [
+            str(prometheus), f"--config.file={tmp_path}/prometheus.yaml",
+            f"--storage.tsdb.path={tmp_path}/data", f"--web.listen-address=127.0.0.1:{port}",
+        ],
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+    def query(text: str) -> list[Any]:
+        answer = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": text}).json()
+        assert answer["status"] == "success", (text, answer)
+        return list(answer["data"]["result"])
+
+    recorded = [rule["record"] for rule in rules() if "record" in rule]
+    try:
+        until(30, "Prometheus", lambda: reached(f"http://127.0.0.1:{port}/-/ready"))
+        until(60, "a scrape of every page", lambda: len(query("up == 1")) == len(running.pages))
+
+        def shares() -> bool:
+            assert running.ask("good", stream=True) == 200
+            return all(query(f"{name} >= 0") for name in recorded)
+
+        until(60, "shares of bad events", shares)
+        for rule in rules():
+            query(rule["expr"])
+        # Nothing failed at the server, and nobody was turned away for want of room.
+        shown = [text for text in panels() if 'status=~"5..' not in text]
+        empty = [text for text in shown if not query(text)]
+        assert not empty, empty
+        loaded = httpx.get(f"http://127.0.0.1:{port}/api/v1/rules").json()["data"]["groups"]
+        health = {rule["health"] for group in loaded for rule in group["rules"]}
+        assert health == {"ok"}
+    finally:
+        server.terminate()
+        server.wait(30)
