@@ -1,12 +1,14 @@
 """The online door of a replica: vLLM's application with what a service needs around it.
 
-    HTTP → Observe (ids, log, metrics) → Gate (keys, limits) → Admit (KV tokens) → Alive → vLLM
+    HTTP → Observe (ids, log, metrics) → Gate (keys, limits) → BatchApi (files, batches)
+         → Admit (KV tokens) → Alive → vLLM
 
 Each layer is plain ASGI: vLLM's answers, streams included, pass through untouched.
 """
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from phi4ray.batches.app import BatchApi
 from phi4ray.protocol import OnlineReplica
 from phi4ray.serve import metrics
 from phi4ray.serve.admission import Admission
@@ -32,7 +34,11 @@ class OnlineApp:
         )
         metrics.watch(self.admission)
         admit = Admit(Alive(replica.app, replica), self.admission, meter)
-        self.gate = Gate(admit, config.gate, admit.demand)
+        batches = config.batches
+        api = BatchApi(admit, batches, config.engine.model_name)
+        self.gate = Gate(
+            api, config.gate, admit.demand, batches.max_file_bytes if batches is not None else 0
+        )
         self._app: ASGIApp = Observe(self.gate)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
