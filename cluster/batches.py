@@ -7,7 +7,7 @@ from ray import serve
 from ray.serve.schema import LoggingConfig
 
 from phi4ray.batch.executor import InProcessExecutor
-from phi4ray.batches.job import Executors
+from phi4ray.batches.executors import Executors
 from phi4ray.batches.runner import Runner
 from phi4ray.errors import ClusterError, ConfigError
 from phi4ray.serve.config import ServeConfig

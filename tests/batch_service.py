@@ -21,9 +21,9 @@ CHAT = "/v1/chat/completions"
 ENDED = ("failed", "completed", "expired", "cancelled")
 
 
-def service(store: str, engine: dict[str, Any] | None = None, **settings: Any) -> ServeConfig:
+def service(store: str, knobs: dict[str, Any] | None = None, **settings: Any) -> ServeConfig:
     batches = {"store": store, "poll_interval_s": 0.05, "retry_interval_s": 0.05}
-    fake = {"kind": "fake", "model": "m", "engine_args": engine or {}}
+    fake = {"kind": "fake", "model": "m", "engine_args": knobs or {}}
     return serve_config({"engine": fake, "batches": batches}, settings)
 
 
@@ -37,10 +37,19 @@ def runner_of(config: ServeConfig, clock: Callable[[], float] = time.time) -> Ru
     )
 
 
+class Clock:
+    """The time, and what it is to be put forward by."""
+
+    forward_s = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.forward_s
+
+
 @contextmanager
-def listening(config: ServeConfig) -> Iterator[str]:
+def listening(config: ServeConfig, clock: Callable[[], float] = time.time) -> Iterator[str]:
     """The service's HTTP server; gives its address."""
-    app: Any = OnlineApp(FakeReplica(config.engine), config)
+    app: Any = OnlineApp(FakeReplica(config.engine), config, clock)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -78,7 +87,8 @@ def line(number: int, **changes: Any) -> dict[str, Any]:
 
 
 def jsonl(*rows: object) -> bytes:
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    lines = (row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows)
+    return b"".join(row + b"\n" for row in lines)
 
 
 def upload(client: openai.OpenAI, *rows: object) -> str:
@@ -121,3 +131,10 @@ def texts_of(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 def expected(*numbers: int) -> dict[str, str]:
     return {f"r{number}": fake_text(f"prompt {number}") for number in numbers}
+
+
+def counts(batch: Batch) -> tuple[int, int, int]:
+    """Its requests: in total, completed, failed."""
+    found = batch.request_counts
+    assert found is not None
+    return found.total, found.completed, found.failed

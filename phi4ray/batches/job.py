@@ -3,24 +3,23 @@
 Every step may be cut off at any point and run again from what the store holds.
 """
 
-import contextlib
 import io
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Literal, TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 from rich.console import Console
 
-from phi4ray.batch.executor import Executor, InProcessExecutor
+from phi4ray.batch.executor import Executor
 from phi4ray.batch.manifest import read_receipts
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import PLAN_NAME, Plan, read_plan
 from phi4ray.batch.planning import obtain_plan
 from phi4ray.batch.run import answer, finish, pending_shards
 from phi4ray.batch.tally import Tally
-from phi4ray.batch.worker import WorkerStats
 from phi4ray.batches import states
 from phi4ray.batches.config import BatchesConfig
+from phi4ray.batches.executors import Executors, Stats, WatchedExecutor, stopped_executor
 from phi4ray.batches.records import (
     STOPS,
     BatchRequest,
@@ -31,23 +30,10 @@ from phi4ray.batches.records import (
 )
 from phi4ray.batches.store import Key, Store
 from phi4ray.batches.validation import check, lines_of
-from phi4ray.config import BatchConfig, Endpoint, EngineConfig
+from phi4ray.config import BatchConfig, EngineConfig
 from phi4ray.errors import ConfigError, InputError, ObjectNotFoundError, PlanMismatchError
-from phi4ray.protocol import Answer, Json, KVState, RowError
+from phi4ray.protocol import RowError
 from phi4ray.storage import join
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-Executors = Callable[[Callable[[], RowError | None]], Executor]
-"""Makes the executor of one batch. It asks the function given, about every second, whether to
-stop answering: the error it gets is then that of every row without an answer, as
-`phi4ray.batch.worker.ShardWorker.stop` does it. What is answered stays."""
-
-Stats = Mapping[str, WorkerStats]
-
-Look = Callable[[Receipt | None, Stats], None]
-"""Told of each receipt, and at each tick, with the workers' stats."""
 
 Step = Literal["validate", "answer", "stop", "tidy"]
 
@@ -152,11 +138,13 @@ class Job:
     def _answer(self) -> None:
         config = self._job()
         self._stopped = STOPS[self.state.stop] if self.state.stop else None
-        inner = _stopped_executor(self._stopped) if self._stopped else self._executors(self._stop)
+        inner = stopped_executor(self._stopped) if self._stopped else self._executors(self._stop)
         plan = self._plan(config, inner)
         pending = pending_shards(config, plan)
         done = [shard.index for shard in plan.shards if shard.index not in pending]
-        executor = _Watched(inner, self._looks(plan, read_receipts(config.output, plan, done)))
+        executor = WatchedExecutor(
+            inner, self._looks(plan, read_receipts(config.output, plan, done))
+        )
         facts = answer(config, plan, pending, executor, Console(file=io.StringIO(), quiet=True))
         self._save(states.finalizing(self.state, self._clock()))
         finish(config, plan, facts, executor)
@@ -250,54 +238,3 @@ class Job:
             self.key, {piece.name for record in records if record for piece in record.pieces}
         )
         self._store.close_batch(self.key)
-
-
-Closing = Generator[Receipt | None, None, None]
-
-
-class _Watched:
-    """An executor whose shards are looked at as they are answered."""
-
-    def __init__(self, inner: Executor, look: Look) -> None:
-        self._inner, self._look = inner, look
-
-    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """See `Executor.map`."""
-        return self._inner.map(function, items)
-
-    def stats(self) -> Stats:
-        """See `Executor.stats`."""
-        return self._inner.stats()
-
-    def run_shards(
-        self, config: BatchConfig, plan: Plan, pending: Sequence[int]
-    ) -> Iterator[Receipt | None]:
-        """See `Executor.run_shards`."""
-        running = cast(Closing, self._inner.run_shards(config, plan, pending))
-        # An error keeps its frames, and these the iterator: left to itself it would go on.
-        with contextlib.closing(running) as receipts:
-            for receipt in receipts:
-                self._look(receipt, self._inner.stats())
-                yield receipt
-
-
-class _NoEngine:
-    """The replica of a batch that is stopped: it is never asked."""
-
-    async def start(self) -> None:
-        """See `phi4ray.protocol.Replica.start`."""
-
-    async def complete(self, endpoint: Endpoint, body: Json) -> Answer:
-        """See `phi4ray.protocol.Replica.complete`."""
-        raise AssertionError("a stopped batch asks no engine")
-
-    def kv(self) -> KVState:
-        """See `phi4ray.protocol.Replica.kv`."""
-        return KVState(1 << 40, 0, 0, 0, max_num_seqs=1024, max_model_len=1 << 20)
-
-    async def stop(self) -> None:
-        """See `phi4ray.protocol.Replica.stop`."""
-
-
-def _stopped_executor(error: RowError) -> Executor:
-    return InProcessExecutor(lambda _: _NoEngine(), lambda: error)

@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from phi4ray.batches import states
 from phi4ray.batches.config import DAY_S, BatchesConfig
-from phi4ray.batches.job import Executors, InterruptedJob, Job, Step, next_step
+from phi4ray.batches.executors import Executors
+from phi4ray.batches.job import InterruptedJob, Job, Step, next_step
 from phi4ray.batches.records import BatchRequest, BatchState, age_s
 from phi4ray.batches.store import Key, Store
 from phi4ray.config import EngineConfig
@@ -54,10 +55,7 @@ class Runner:
         """Look again and again, until `close`."""
         try:
             while not self._closed.is_set():
-                try:
-                    self.look()
-                except Phi4rayError as error:
-                    logger.error("batches wait for the store: %s", error)
+                self._guarded(self.look)
                 self._wake.wait(self._config.poll_interval_s)
                 self._wake.clear()
         finally:
@@ -93,10 +91,10 @@ class Runner:
             self._swept_s = now_s
             self._pool.submit(self._guarded, self.sweep)
 
-    def idle(self) -> bool:
-        """Whether no batch is being worked on."""
+    def answering(self) -> int:
+        """How many batches are being answered."""
         with self._lock:
-            return not self._running
+            return sum(step == "answer" for step, _ in self._running.values())
 
     def _begin(self, key: Key, cancelled: bool, now_s: float) -> None:
         if key not in self._known:
@@ -152,7 +150,9 @@ class Runner:
         try:
             work()
         except Phi4rayError as error:
-            logger.error("expired files wait for the store: %s", error)
+            logger.error("batches wait for the store: %s", error)
+        except Exception:  # one bad look must not be the last
+            logger.exception("a look at the batches failed")
 
     def sweep(self) -> None:
         """Remove expired files, and uploads that never became files.

@@ -12,6 +12,7 @@
 Every object is written by one plain PUT, and is either immutable or has one writer.
 """
 
+import re
 from collections.abc import Iterator
 from typing import NamedTuple, TypeVar
 from urllib.parse import quote
@@ -19,7 +20,14 @@ from urllib.parse import quote
 from pydantic import ValidationError
 
 from phi4ray.batch.executor import threaded
-from phi4ray.batches.records import BatchRequest, BatchState, FileRecord, Piece
+from phi4ray.batches.records import (
+    BATCH_ID,
+    FILE_ID,
+    BatchRequest,
+    BatchState,
+    FileRecord,
+    Piece,
+)
 from phi4ray.config import Config
 from phi4ray.errors import ObjectNotFoundError, StorageError
 from phi4ray.storage import ObjectInfo, join, storage_for
@@ -28,7 +36,7 @@ R = TypeVar("R", bound=Config)
 
 
 class Key(NamedTuple):
-    """One batch: the folder of its owner, and its id."""
+    """One batch, or one file: the folder of its owner, and its id."""
 
     owner: str
     id: str
@@ -69,7 +77,7 @@ class Store:
 
     def file_ids(self, owner: str) -> list[str]:
         """The ids of an owner's files, oldest first."""
-        return [name.removesuffix(".json") for name in self._names(f"files/{owner}/")]
+        return [key.id for key in self._keys("files/", FILE_ID, ".json", owner)]
 
     def delete_file(self, owner: str, record: FileRecord) -> None:
         """Forget a file, and then remove its content."""
@@ -78,19 +86,17 @@ class Store:
 
     def all_files(self) -> list[tuple[str, FileRecord]]:
         """Every owner's files."""
-        places = [name.removesuffix(".json").split("/") for name in self._names("files/")]
-        records = threaded(lambda place: self.file(*place), places)
+        keys = list(self._keys("files/", FILE_ID, ".json"))
+        records = threaded(lambda key: self.file(key.owner, key.id), keys)
         return [
-            (owner, record)
-            for (owner, _), record in zip(places, records, strict=True)
+            (key.owner, record)
+            for key, record in zip(keys, records, strict=True)
             if record is not None
         ]
 
-    def contents(self) -> Iterator[tuple[str, str]]:
+    def contents(self) -> list[Key]:
         """Owner and file id of every upload's content, whether it has a record or not."""
-        for name in self._names("contents/"):
-            owner, _, file_id = name.removesuffix(".jsonl").partition("/")
-            yield owner, file_id
+        return list(self._keys("contents/", FILE_ID, ".jsonl"))
 
     # Batches
 
@@ -108,7 +114,7 @@ class Store:
 
     def batch_ids(self, owner: str) -> list[str]:
         """The ids of an owner's batches, oldest first."""
-        return [name.removesuffix(".json") for name in self._names(f"requests/{owner}/")]
+        return [key.id for key in self._keys("requests/", BATCH_ID, ".json", owner)]
 
     def state(self, key: Key) -> BatchState:
         """How far a batch is."""
@@ -131,13 +137,21 @@ class Store:
 
     def cancels(self) -> set[Key]:
         """The batches to be cancelled."""
-        return set(self._keys("cancels/"))
+        return set(self._keys("cancels/", BATCH_ID))
 
     def open_batches(self, owner: str | None = None) -> list[Key]:
-        """The batches that have not ended, oldest first."""
-        if owner is not None:
-            return [Key(owner, name) for name in self._names(f"open/{owner}/")]
-        return sorted(self._keys("open/"), key=lambda key: (key.id, key.owner))
+        """The batches that have not ended, of one owner or all, oldest first."""
+        found = self._keys("open/", BATCH_ID, owner=owner)
+        return sorted(found, key=lambda key: (key.id, key.owner))
+
+    def reader_of(self, owner: str, file_id: str) -> str | None:
+        """A batch that has not ended and reads this file."""
+        for key in self.open_batches(owner):
+            request = self.request(key)
+            reads = request is not None and request.input_file_id == file_id
+            if reads and not self.state(key).ended:
+                return key.id
+        return None
 
     def close_batch(self, key: Key) -> None:
         """Note that there is nothing left to do for a batch."""
@@ -163,14 +177,16 @@ class Store:
             self.storage.delete, [uri for uri in found if uri.removeprefix(self.root) not in pieces]
         )
 
-    def _keys(self, folder: str) -> Iterator[Key]:
-        for name in self._names(folder):
-            owner, _, identifier = name.partition("/")
-            yield Key(owner, identifier)
-
-    def _names(self, folder: str) -> list[str]:
+    def _keys(
+        self, folder: str, form: re.Pattern[str], ending: str = "", owner: str | None = None
+    ) -> Iterator[Key]:
+        """Owners and ids below a folder; what else lies there, as half a file, is no record."""
         prefix = self.uri(folder)
-        return [item.uri.removeprefix(prefix) for item in self._list(folder)]
+        for item in self._list(folder if owner is None else f"{folder}{owner}/"):
+            whose, _, name = item.uri.removeprefix(prefix).partition("/")
+            identifier = name.removesuffix(ending)
+            if name.endswith(ending) and form.fullmatch(identifier):
+                yield Key(whose, identifier)
 
     def _list(self, folder: str) -> Iterator[ObjectInfo]:
         return self.storage.list(self.uri(folder))

@@ -3,9 +3,6 @@
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-MAX_FIELD_BYTES = 64 * 1024
-"""All fields together; what is larger is a file."""
-
 
 class FormError(Exception):
     """The body is no form that can be read."""
@@ -53,16 +50,16 @@ class UploadForm:
     def feed(self, data: bytes) -> bytes:
         """Take the next piece of the body; gives what it holds of the file.
 
+        The fields are kept: the caller bounds what comes besides the file.
+
         Raises:
-            FormError: it is no form, or its fields are too large.
+            FormError: it is no form.
         """
         self._content.clear()
         try:
             self._parser.write(data)
         except FormParserError as error:
             raise FormError(f"the form cannot be read: {error}") from error
-        if sum(map(len, self._fields.values())) > MAX_FIELD_BYTES:
-            raise FormError("the form's fields are too large")
         return bytes(self._content)
 
     def _on_header_field(self, data: bytes, start: int, end: int) -> None:

@@ -6,6 +6,9 @@
 Each layer is plain ASGI: vLLM's answers, streams included, pass through untouched.
 """
 
+import time
+from collections.abc import Callable
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phi4ray.batches.app import BatchApi
@@ -23,7 +26,13 @@ from phi4ray.serve.responses import send_error
 class OnlineApp:
     """The ASGI application of one started replica."""
 
-    def __init__(self, replica: OnlineReplica, config: ServeConfig) -> None:
+    def __init__(
+        self,
+        replica: OnlineReplica,
+        config: ServeConfig,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`clock` gives the Unix time in seconds by which files and batches expire."""
         kv = replica.kv()
         meter = Meter()
         replica.on_finished = meter.finished
@@ -35,7 +44,7 @@ class OnlineApp:
         metrics.watch(self.admission)
         admit = Admit(Alive(replica.app, replica), self.admission, meter)
         batches = config.batches
-        api = BatchApi(admit, batches, config.engine.model_name)
+        api = BatchApi(admit, batches, config.engine.model_name, clock)
         self.gate = Gate(
             api, config.gate, admit.demand, batches.max_file_bytes if batches is not None else 0
         )

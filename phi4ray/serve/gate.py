@@ -16,7 +16,7 @@ from phi4ray.config import Config
 from phi4ray.protocol import Json
 from phi4ray.serve import metrics
 from phi4ray.serve.limits import Limiter, Refused, Remaining
-from phi4ray.serve.paths import OPEN, UPLOAD, of_batches
+from phi4ray.serve.paths import FILES, OPEN, of_batches
 from phi4ray.serve.responses import send_error
 from phi4ray.serve.state import State
 from phi4ray.serve.tenants import KeyRing, Tenant
@@ -180,7 +180,7 @@ class Gate:
         None: the client hung up before it had sent everything.
         """
         limit = self._config.max_body_bytes
-        upload = scope["method"] == "POST" and scope["path"] == UPLOAD and self._max_file_bytes
+        upload = scope["method"] == "POST" and scope["path"] == FILES and self._max_file_bytes
         if upload:
             limit = self._max_file_bytes + FORM_BYTES
         too_large = BodyError(413, "body_too_large", f"a body may have {limit:,} bytes")

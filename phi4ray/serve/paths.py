@@ -19,13 +19,12 @@ GENERATING: Final = frozenset(
 OPEN: Final = frozenset({"/health", "/ready", "/ping", "/version", "/metrics", "/load"})
 """Paths that machines ask every few seconds, without a key; logged only when they fail."""
 
-UPLOAD: Final = "/v1/files"
+FILES: Final = "/v1/files"
 """Where files are posted to: bodies of another size, which nobody holds in memory."""
 
-BATCHES: Final = (UPLOAD, "/v1/batches")
-"""The Batch API: these paths, and those below them."""
+BATCHES: Final = "/v1/batches"
 
 
 def of_batches(path: str) -> bool:
     """Whether a path is the Batch API's."""
-    return path in BATCHES or path.startswith(tuple(f"{root}/" for root in BATCHES))
+    return path in (FILES, BATCHES) or path.startswith((f"{FILES}/", f"{BATCHES}/"))

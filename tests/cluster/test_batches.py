@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -67,10 +67,8 @@ def started(command: list[str], log: Path) -> Iterator[tuple[str, psutil.Popen]]
         finally:
             family = [*server.children(recursive=True), server]
             for process in family:
-                try:
+                with suppress(psutil.NoSuchProcess):
                     process.kill()
-                except psutil.NoSuchProcess:
-                    pass
             psutil.wait_procs(family, 30)
 
 
