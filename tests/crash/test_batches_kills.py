@@ -27,7 +27,7 @@ from tests.batch_service import (
 )
 
 ROOT = Path(__file__).parents[2]
-ROWS, KILLS = 900, 8
+ROWS, KILLS = 2400, 6
 RUNNER = """
 import sys
 from tests.batch_service import runner_of, service
@@ -87,37 +87,49 @@ def check(client: openai.OpenAI, output_file_id: str | None) -> None:
     assert texts_of(answers) == expected(*range(ROWS))
 
 
-@pytest.mark.parametrize("ends", [3, 8])
-def test_killed_at_any_write_of_its_end_a_batch_still_ends_once(tmp_path: Path, ends: int) -> None:
-    """The process dies at its n-th write, again and again, until it gets through."""
-    config = service(str(tmp_path))
-    dying = f"""
-import os
+DYING = """
+import os, sys
 from phi4ray.storage.local import LocalStorage
-write, left = LocalStorage.write, [{ends}]
-def dies(self, uri, data, **options):
-    left[0] -= 1
-    if left[0] < 0:
-        os._exit(9)
-    write(self, uri, data, **options)
-LocalStorage.write = dies
+left = int(sys.argv[2])
+def dying(change):
+    def dies(*args, **options):
+        global left
+        left -= 1
+        if left < 0:
+            os._exit(9)
+        return change(*args, **options)
+    return dies
+LocalStorage.write = dying(LocalStorage.write)
+LocalStorage.write_new = dying(LocalStorage.write_new)
+LocalStorage.delete = dying(LocalStorage.delete)
 """ + RUNNER.replace('"latency_s": 0.1', "")
-    with listening(config) as url:
+
+
+def test_whichever_write_it_dies_at_a_batch_goes_on_and_ends_once(tmp_path: Path) -> None:
+    """The first process dies at its first write, the second at its second, and so on."""
+    root, store = str(tmp_path), Store(str(tmp_path))
+    with listening(service(root)) as url:
         client = client_of(url)
-        batch_id = create(client, upload(client, *map(line, range(30)))).id
-        codes = []
-        while client.batches.retrieve(batch_id).status != "completed":
-            runner = subprocess.Popen([sys.executable, "-c", dying, str(tmp_path)], cwd=ROOT)
-            while runner.poll() is None and Store(str(tmp_path)).open_batches():
+        bad = line(30, body={"model": "m", "messages": []})
+        batch_id = create(client, upload(client, *map(line, range(30)), bad)).id
+        ids = set()
+        for writes in range(40):
+            runner = subprocess.Popen([sys.executable, "-c", DYING, root, str(writes)], cwd=ROOT)
+            while runner.poll() is None and store.open_batches():
                 time.sleep(0.05)
-            runner.kill()
-            codes.append(runner.wait())
-            assert len(codes) < 12
-        assert 9 in codes
-        check_small(client, client.batches.retrieve(batch_id).output_file_id)
-
-
-def check_small(client: openai.OpenAI, output_file_id: str | None) -> None:
-    answers = rows_of(client, output_file_id)
-    assert len(answers) == 30
-    assert texts_of(answers) == expected(*range(30))
+            if not store.open_batches():
+                runner.kill()
+                runner.wait()
+                break
+            assert runner.wait() == 9
+            batch = client.batches.retrieve(batch_id)
+            if batch.status == "completed":
+                ids.add((batch.output_file_id, batch.error_file_id))
+        assert writes > 10
+        batch = client.batches.retrieve(batch_id)
+        ids.add((batch.output_file_id, batch.error_file_id))
+        assert len(ids) == 1
+        assert (batch.status, counts(batch)) == ("completed", (31, 30, 1))
+        assert texts_of(rows_of(client, batch.output_file_id)) == expected(*range(30))
+        assert [row["custom_id"] for row in rows_of(client, batch.error_file_id)] == ["r30"]
+        assert len(client.files.list().data) == 3
