@@ -16,7 +16,7 @@ class UploadForm:
         FormError: the content type is another one.
         """
         kind, options = parse_options_header(content_type)
-        if kind != b"multipart/form-data" or b"boundary" not in options:
+        if kind != b"multipart/form-data" or not options.get(b"boundary"):
             raise FormError("send the file as multipart/form-data, as OpenAI's clients do")
         self.filename: str | None = None
         self.whole = False

@@ -1,6 +1,10 @@
 """The Batch API of a deployed application, through the unmodified openai client over HTTP."""
 
+import json
 import os
+import re
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator

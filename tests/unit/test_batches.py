@@ -1,9 +1,12 @@
 """The Batch API as the unmodified openai client meets it: whole lifecycles, over real HTTP."""
 
+import socket
 import time
+import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import yaml
@@ -431,3 +434,55 @@ def test_two_runners_at_once_do_no_harm(tmp_path: Any) -> None:
             answers = rows_of(client, batch.output_file_id)
             assert len(answers) == 60
             assert texts_of(answers) == expected(*range(60))
+
+
+def test_a_file_goes_in_and_out_without_being_held(tmp_path: Any) -> None:
+    size, chunk = 150 << 20, b"x" * (256 << 10)
+    head = b'--B\r\ncontent-disposition: form-data; name="file"; filename="f"\r\n\r\n'
+    tail = b'\r\n--B\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--B--\r\n'
+
+    def body() -> Iterator[bytes]:
+        yield head
+        for _ in range(size // len(chunk)):
+            yield chunk
+        yield tail
+
+    config = service(str(tmp_path))
+    with listening(config) as url, httpx.Client(base_url=url, timeout=120) as client:
+        client.get("/v1/files")
+        tracemalloc.start()
+        try:
+            sent = client.post(
+                "/v1/files",
+                content=body(),
+                headers={"content-type": "multipart/form-data; boundary=B"},
+            ).json()
+            received = 0
+            with client.stream("GET", f"/v1/files/{sent['id']}/content") as content:
+                for data in content.iter_raw():
+                    received += len(data)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert sent["bytes"] == received == size
+    assert peak < 30 << 20
+
+
+def test_an_upload_that_is_cut_off_is_no_file(tmp_path: Any) -> None:
+    config = service(str(tmp_path))
+    with listening(config) as url:
+        address = httpx.URL(url)
+        head = (
+            "POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n"
+            "content-type: multipart/form-data; boundary=B\r\n\r\n"
+            '--B\r\ncontent-disposition: form-data; name="file"; filename="f"\r\n\r\n'
+        )
+        with socket.create_connection((address.host, address.port or 0)) as connection:
+            connection.sendall(head.encode() + b"x" * 100_000)
+            folder = tmp_path / "contents" / "everyone"
+            while not list(folder.glob(".phi4ray-*")):
+                time.sleep(0.01)
+        while list(folder.iterdir()):
+            time.sleep(0.01)
+        client = client_of(url)
+        assert client.files.list().data == []
