@@ -19,7 +19,7 @@ from phi4ray.batch.run import answer, finish, pending_shards
 from phi4ray.batch.tally import Tally
 from phi4ray.batches import states
 from phi4ray.batches.config import BatchesConfig
-from phi4ray.batches.executors import Executors, Stats, WatchedExecutor, stopped_executor
+from phi4ray.batches.executors import Executors, Look, Stats, WatchedExecutor, stopped_executor
 from phi4ray.batches.records import (
     STOPS,
     BatchRequest,
@@ -31,14 +31,11 @@ from phi4ray.batches.records import (
 from phi4ray.batches.store import Key, Store
 from phi4ray.batches.validation import check, lines_of
 from phi4ray.config import BatchConfig, EngineConfig
-from phi4ray.errors import ConfigError, InputError, ObjectNotFoundError, PlanMismatchError
+from phi4ray.errors import InputError, ObjectNotFoundError
 from phi4ray.protocol import RowError
 from phi4ray.storage import join
 
 Step = Literal["validate", "answer", "stop", "tidy"]
-
-BROKEN = (InputError, ConfigError, PlanMismatchError)
-"""What trying again cannot mend."""
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +72,7 @@ class Job:
         self._store, self._request, self._config = store, request, config
         self._engine, self._executors, self._clock = engine, executors, clock
         self._stopped: RowError | None = None
-        self._saved_s = 0.0
+        self._saved, self._saved_s = state, 0.0
 
     def run(self) -> None:
         """Take the next step of the batch; blocks until it is done.
@@ -95,10 +92,9 @@ class Job:
                     self._answer()
                 case "tidy":
                     pass
-        except BROKEN as error:
+        except InputError as error:  # which trying again cannot mend
             logger.error("%s failed: %s", self.key.id, error)
-            told = LineError(code="batch_failed", message=str(error))
-            self._save(states.failed(self.state, [told], self._clock()))
+            self._fail([LineError(code="invalid_file", message=str(error))])
         if self.state.ended:
             self._tidy()
 
@@ -111,7 +107,11 @@ class Job:
         if self._store.state(self.key).ended:
             raise InterruptedJob(self.key.id)
         self._store.write_state(self.key, state)
-        self.state, self._saved_s = state, self._clock()
+        self.state = self._saved = state
+        self._saved_s = self._clock()
+
+    def _fail(self, errors: Sequence[LineError]) -> None:
+        self._save(states.failed(self.state, errors, self._clock()))
 
     def _validate(self) -> None:
         content = self._store.uri(
@@ -129,17 +129,21 @@ class Job:
                 )
         except ObjectNotFoundError as error:
             raise InputError(f"the file {self._request.input_file_id} is gone") from error
-        now_s = self._clock()
         if checked.errors:
-            self._save(states.failed(self.state, checked.errors, now_s))
+            self._fail(checked.errors)
         else:
-            self._save(states.validated(self.state, checked.rows, now_s))
+            self._save(states.validated(self.state, checked.rows, self._clock()))
 
     def _answer(self) -> None:
         config = self._job()
         self._stopped = STOPS[self.state.stop] if self.state.stop else None
         inner = stopped_executor(self._stopped) if self._stopped else self._executors(self._stop)
         plan = self._plan(config, inner)
+        was, now = plan.identity["engine.model_name"], self._engine.model_name
+        if was != now:
+            message = f"The batch began with the model {was!r}; the service now has {now!r}."
+            self._fail([LineError(code="model_not_found", message=message)])
+            return
         pending = pending_shards(config, plan)
         done = [shard.index for shard in plan.shards if shard.index not in pending]
         executor = WatchedExecutor(
@@ -166,20 +170,11 @@ class Job:
         """The plan that there is, though the engine's settings may have changed since."""
         uri = join(config.output, PLAN_NAME)
         try:
-            plan = read_plan(self._store.storage.read(uri), uri)
+            return read_plan(self._store.storage.read(uri), uri)
         except ObjectNotFoundError:
             return obtain_plan(config, executor)
-        was, now = plan.identity["engine.model_name"], self._engine.model_name
-        if was != now:
-            raise PlanMismatchError(
-                f"the batch began with the model {was!r}, and the service now has {now!r}: "
-                "create it again"
-            )
-        return plan
 
-    def _looks(
-        self, plan: Plan, done: Sequence[Receipt]
-    ) -> Callable[[Receipt | None, Stats], None]:
+    def _looks(self, plan: Plan, done: Sequence[Receipt]) -> Look:
         """What is done at every tick: counts, and whether to stop."""
         rows, errors = sum(r.rows for r in done), sum(r.error_rows for r in done)
         tally = Tally(plan.rows, rows)
@@ -192,14 +187,13 @@ class Job:
                 tally.add(receipt, 0.0)
             snapshot = tally.snapshot(stats, 0.0)
             failed = errors + snapshot.error_rows
-            state = states.counted(self.state, snapshot.rows_done - failed, failed)
-            self.state, before = state, self.state
-            stopping = self._looked()
+            self.state = states.counted(self.state, snapshot.rows_done - failed, failed)
+            looked = self._looked()
             due = self._clock() - self._saved_s >= self._config.poll_interval_s
-            if stopping.stop != state.stop or (due and state != before):
-                self._save(stopping)
-            if stopping.stop is not None:
-                self._stopped = STOPS[stopping.stop]
+            if looked.stop != self.state.stop or (due and looked != self._saved):
+                self._save(looked)
+            if looked.stop is not None:
+                self._stopped = STOPS[looked.stop]
 
         return look
 

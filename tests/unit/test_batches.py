@@ -11,7 +11,7 @@ import openai
 import pytest
 import yaml
 
-from phi4ray.batches.store import Store
+from phi4ray.batches.store import Key, Store
 from phi4ray.serve.tenants import digest
 from tests.batch_service import (
     CHAT,
@@ -486,3 +486,34 @@ def test_an_upload_that_is_cut_off_is_no_file(tmp_path: Any) -> None:
             time.sleep(0.01)
         client = client_of(url)
         assert client.files.list().data == []
+
+
+def test_a_batch_outlives_a_change_of_the_engine_and_not_one_of_the_model(tmp_path: Any) -> None:
+    root = str(tmp_path)
+    held = service(root, {"latency_s": 60}, batches={"shard_rows": 2})
+    store = Store(root)
+
+    def planned(batch: Any) -> bool:
+        return any(store.storage.list(store.answers(Key("everyone", batch.id))))
+
+    with listening(held) as url:
+        client = client_of(url)
+        ids = [create(client, upload(client, *map(line, range(5)))).id for _ in range(3)]
+        with running(held):
+            for one in ids:
+                wait(client, one, planned)
+        client.batches.cancel(ids[1])
+        with running(service(root, engine={"max_model_len": 1000}, batches={"shard_rows": 7})):
+            batch = ended(client, ids[0])
+            assert (batch.status, counts(batch)) == ("completed", (5, 5, 0))
+            assert ended(client, ids[1]).status == "cancelled"
+            ended(client, ids[2])
+
+        another = create(client, upload(client, line(1))).id
+        with running(held):
+            wait(client, another, planned)
+        with running(service(root, engine={"served_model_name": "other"})):
+            batch = ended(client, another)
+        assert batch.status == "failed"
+        assert batch.errors is not None
+        assert [error.code for error in batch.errors.data or ()] == ["model_not_found"]
