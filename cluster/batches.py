@@ -18,7 +18,7 @@ ExecutorsOf = Callable[[ServeConfig], Executors]
 
 
 def in_process(config: ServeConfig) -> Executors:
-    """Executors with an engine of their own, in the runner's process."""
+    """Executors with an engine of their own, in the runner's process: for engines without GPU."""
     return lambda stopped: InProcessExecutor(stopped=stopped)
 
 

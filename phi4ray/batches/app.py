@@ -89,7 +89,7 @@ async def _told(_: Request, error: Exception) -> Response:
             return _error(503, "store_failed", f"the object store failed: {error}", None)
         case HTTPException():
             return _error(error.status_code, "not_found", error.detail, None)
-    return Response(status_code=400)  # the client is gone: nobody reads it
+    return Response(status_code=499)  # the client is gone: only the log reads it
 
 
 def _error(status: int, code: str, message: str, param: str | None) -> Response:

@@ -18,7 +18,7 @@ from phi4ray.batches.job import InterruptedJob, Job, Step, next_step
 from phi4ray.batches.records import BatchRequest, BatchState, age_s
 from phi4ray.batches.store import Key, Store
 from phi4ray.config import EngineConfig
-from phi4ray.errors import Phi4rayError
+from phi4ray.errors import Phi4rayError, StorageError
 
 QUICK_JOBS = 4
 """Batches that are validated, stopped or tidied at once: these wait for no engine."""
@@ -47,7 +47,7 @@ class Runner:
         self._running: dict[Key, tuple[Step, Job]] = {}
         self._known: dict[Key, tuple[BatchRequest, BatchState]] = {}
         self._not_before_s: dict[Key, float] = {}
-        self._swept_s = clock()
+        self._swept_s = 0.0
         threads = config.max_concurrent_batches + QUICK_JOBS + 1
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="phi4ray-batch")
 
@@ -86,7 +86,10 @@ class Runner:
             if running is not None:
                 running[1].cancelled = key in cancels
             elif now_s >= self._not_before_s.get(key, 0.0):
-                self._begin(key, key in cancels, now_s)
+                try:
+                    self._begin(key, key in cancels, now_s)
+                except StorageError as error:
+                    self._postpone(key, error)  # the others need not wait for it
         if now_s - self._swept_s >= self._config.sweep_interval_s:
             self._swept_s = now_s
             self._pool.submit(self._guarded, self.sweep)
@@ -135,16 +138,19 @@ class Runner:
             self._known.pop(key, None)
         except Exception as error:
             self._known.pop(key, None)
-            self._not_before_s[key] = self._clock() + self._config.retry_interval_s
-            logger.error(
-                "%s is taken up again in %g s: %s: %s",
-                key.id, self._config.retry_interval_s, type(error).__name__, error,
-                exc_info=not isinstance(error, Phi4rayError),
-            )  # fmt: skip
+            self._postpone(key, error)
         finally:
             with self._lock:
                 del self._running[key]
             self._wake.set()
+
+    def _postpone(self, key: Key, error: Exception) -> None:
+        wait_s = self._config.retry_interval_s
+        self._not_before_s[key] = self._clock() + wait_s
+        logger.error(
+            "%s is taken up again in %g s: %s: %s", key.id, wait_s, type(error).__name__, error,
+            exc_info=not isinstance(error, Phi4rayError),
+        )  # fmt: skip
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:

@@ -517,3 +517,30 @@ def test_a_batch_outlives_a_change_of_the_engine_and_not_one_of_the_model(tmp_pa
         assert batch.status == "failed"
         assert batch.errors is not None
         assert [error.code for error in batch.errors.data or ()] == ["model_not_found"]
+
+
+def test_a_broken_record_holds_nobody_else_up(tmp_path: Any) -> None:
+    config = service(str(tmp_path))
+    store = Store(str(tmp_path))
+    with listening(config) as url:
+        client = client_of(url)
+        broken, whole = (create(client, upload(client, line(1))).id for _ in range(2))
+        store.storage.write(store.uri(f"requests/everyone/{broken}.json"), b"{")
+        with running(config):
+            assert ended(client, whole).status == "completed"
+        with pytest.raises(openai.InternalServerError, match="no record"):
+            client.batches.retrieve(broken)
+        assert Key("everyone", broken) in store.open_batches()
+
+
+def test_a_store_that_fails_for_a_while_costs_only_time(tmp_path: Any) -> None:
+    config = service(f"{tmp_path}/store")
+    with listening(config) as url:
+        client = client_of(url)
+        batch_id = create(client, upload(client, line(1))).id
+        states = tmp_path / "store" / "states"
+        states.write_text("a file where a folder should be")
+        with running(config):
+            time.sleep(0.3)
+            states.unlink()
+            assert ended(client, batch_id).status == "completed"
