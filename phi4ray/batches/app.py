@@ -4,13 +4,14 @@ Nothing is kept here: every request is answered from the store, in threads, so t
 loop goes on streaming online answers.
 """
 
+import json
 import time
 from collections.abc import Callable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -95,4 +96,6 @@ async def _told(_: Request, error: Exception) -> Response:
 def _error(status: int, code: str, message: str, param: str | None) -> Response:
     kind = "invalid_request_error" if status < 500 else "server_error"
     told = error_body(code, message, kind)["error"]
-    return JSONResponse({"error": {**told, "param": param}}, status)
+    # What a client sent, and is quoted here, need not be UTF-8: its escapes are ASCII.
+    body = json.dumps({"error": {**told, "param": param}})
+    return Response(body, status, media_type="application/json")

@@ -1,5 +1,6 @@
 """The Batch API as the unmodified openai client meets it: whole lifecycles, over real HTTP."""
 
+import json
 import socket
 import time
 import tracemalloc
@@ -544,3 +545,39 @@ def test_a_store_that_fails_for_a_while_costs_only_time(tmp_path: Any) -> None:
             time.sleep(0.3)
             states.unlink()
             assert ended(client, batch_id).status == "completed"
+
+
+ODD = ["\\ud800", "\\u0000", "../x", "😀", "%2e%2e", "x" * 5000]
+
+
+def test_no_request_is_odd_enough_for_a_server_error(tmp_path: Any) -> None:
+    config = service(str(tmp_path))
+    with listening(config) as url, httpx.Client(base_url=url) as client:
+        good = client.post("/v1/files", files={"file": b"{}"}, data={"purpose": "batch"}).json()[
+            "id"
+        ]
+        fine = {"input_file_id": good, "endpoint": CHAT, "completion_window": "24h"}
+        bodies = [json.dumps(fine | {name: f"{odd}"}) for name in fine for odd in ODD]
+        bodies += [json.dumps(fine | {"metadata": {odd: odd}}) for odd in ODD]
+        bodies += [json.dumps(fine | {"metadata": odd}) for odd in ([], 5, "x", {"a": 1})]
+        bodies += ["null", "5", "", "{", "[]"]
+        for body in bodies:
+            raw = body.replace("\\\\", "\\").encode()  # what JSON escapes, and Python does not have
+            answer = client.post("/v1/batches", content=raw)
+            assert answer.status_code in (200, 400, 404), (raw, answer.text)
+            if answer.status_code != 200:
+                assert answer.json()["error"]["message"]
+        for odd in ("%00", "%ff", "..%2f..%2fx", "a b", "%F0%9F%98%80", "x" * 5000):
+            for path in (f"/v1/files/{odd}", f"/v1/files/{odd}/content", f"/v1/batches/{odd}"):
+                assert client.get(path).status_code == 404
+            for query in ("after", "limit", "purpose", "order"):
+                for listed in ("files", "batches"):
+                    answer = client.get(f"/v1/{listed}?{query}={odd}")
+                    assert answer.status_code in (200, 400), (query, odd, answer.text)
+            form = {"purpose": "batch", odd: odd}
+            answer = client.post("/v1/files", files={"file": (odd, b"{}")}, data=form)
+            assert answer.status_code in (200, 400), answer.text
+            answer = client.post("/v1/files", files={"file": b""}, data={"purpose": odd})
+            assert answer.status_code == 400
+        assert client.get("/v1/batches?limit=100").status_code == 200
+        assert client.get("/v1/files").status_code == 200
