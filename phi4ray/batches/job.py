@@ -107,6 +107,11 @@ class Job:
         if self._store.state(self.key).ended:
             raise InterruptedJob(self.key.id)
         self._store.write_state(self.key, state)
+        if state.status != self._saved.status:
+            logger.info(
+                "%s is %s: %d requests, %d answered, %d failed",
+                self.key.id, state.status, state.total, state.completed, state.failed,
+            )  # fmt: skip
         self.state = self._saved = state
         self._saved_s = self._clock()
 

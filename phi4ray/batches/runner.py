@@ -8,6 +8,7 @@ It keeps nothing that it could not find again: it may die at any point, and anot
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -80,7 +81,10 @@ class Runner:
         batches = self._store.open_batches()
         for key in set(self._known) - set(batches):
             self._known.pop(key, None)
-        for key in batches:
+        with self._lock:
+            busy = Counter(key.owner for key in self._running)
+        # Who has fewer batches at work goes first: nobody's long queue is before the others.
+        for key in sorted(batches, key=lambda key: (busy[key.owner], key.id)):
             with self._lock:
                 running = self._running.get(key)
             if running is not None:

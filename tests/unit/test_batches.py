@@ -1,10 +1,14 @@
 """The Batch API as the unmodified openai client meets it: whole lifecycles, over real HTTP."""
 
 import json
+import re
 import socket
+import subprocess
+import sys
 import time
 import tracemalloc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -581,3 +585,43 @@ def test_no_request_is_odd_enough_for_a_server_error(tmp_path: Any) -> None:
             assert answer.status_code == 400
         assert client.get("/v1/batches?limit=100").status_code == 200
         assert client.get("/v1/files").status_code == 200
+
+
+def test_the_readmes_example_works(tmp_path: Any) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
+    (script,) = [block for block in blocks if "client.batches" in block]
+    config = service(str(tmp_path))
+    with listening(config) as url, running(config):
+        script = script.replace("http://localhost:8000", url).replace("microsoft/phi-4", "m")
+        shown = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+    assert shown[0].startswith("completed")
+    assert [json.loads(row)["custom_id"] for row in shown[1:4]] == ["Lima", "Oslo", "Accra"]
+
+
+def test_one_tenants_long_queue_is_not_before_anothers_batch(tmp_path: Any) -> None:
+    config = service(
+        f"{tmp_path}/store", {"latency_s": 0.1}, gate=keys(tmp_path),
+        batches={"max_concurrent_batches": 2}, engine={"max_num_seqs": 10},
+    )  # fmt: skip
+    with listening(config) as url:
+        many, one = client_of(url, "one"), client_of(url, "two")
+        file_id = upload(many, *map(line, range(20)))
+        queue = [create(many, file_id).id for _ in range(6)]
+        last = create(one, upload(one, line(1))).id
+        with running(config):
+            ended(one, last)
+            assert many.batches.retrieve(queue[-1]).status == "in_progress"
+            assert all(ended(many, batch_id).status == "completed" for batch_id in queue)
+
+
+def test_a_flag_of_the_service_switches_it_on(tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    for given, store in (("s3://b/phi4/", "s3://b/phi4/"), ("files", f"{tmp_path}/files")):
+        arguments = parser().parse_args(["--recipe", "fake", "--batches", given])
+        batches = configuration(arguments).batches
+        assert batches is not None
+        assert (batches.store, batches.max_file_mib, batches.max_file_rows) == (store, 200, 50_000)
+    assert configuration(parser().parse_args(["--recipe", "fake"])).batches is None
