@@ -16,6 +16,8 @@ import openai
 import pytest
 import yaml
 
+from jobs.serve import configuration, parser
+from phi4ray.batches.records import new_file_id
 from phi4ray.batches.store import Key, Store
 from phi4ray.serve.tenants import digest
 from tests.batch_service import (
@@ -416,9 +418,7 @@ def test_an_upload_that_never_became_a_file_is_swept(tmp_path: Any) -> None:
     clock = Clock()
     config = service(str(tmp_path))
     store = Store(str(tmp_path))
-    young = store.content_name(
-        "everyone", UNKNOWN_FILE.replace("0" * 12, f"{int(clock() * 1000):012x}", 1)
-    )
+    young = store.content_name("everyone", new_file_id(clock()))
     store.storage.write(store.uri(young), b"")
     with running(config, clock) as runner:
         runner.sweep()
