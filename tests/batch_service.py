@@ -5,10 +5,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import openai
 import uvicorn
+import yaml
 from openai.types import Batch
 
 from phi4ray.batch.executor import InProcessExecutor
@@ -16,6 +18,7 @@ from phi4ray.batches.runner import Runner
 from phi4ray.fake import FakeReplica, fake_text
 from phi4ray.serve.app import OnlineApp
 from phi4ray.serve.config import ServeConfig, serve_config
+from phi4ray.serve.tenants import digest
 
 CHAT = "/v1/chat/completions"
 ENDED = ("failed", "completed", "expired", "cancelled")
@@ -138,3 +141,14 @@ def counts(batch: Batch) -> tuple[int, int, int]:
     found = batch.request_counts
     assert found is not None
     return found.total, found.completed, found.failed
+
+
+def keys(folder: Path) -> dict[str, Any]:
+    """A gate of three tenants: whose keys are one and two may use the model, whose is four not."""
+    tenants = [
+        {"name": "a/b", "key_sha256": [digest("one")], "models": ["m"]},
+        {"name": "..", "key_sha256": [digest("two")]},
+        {"name": "c", "key_sha256": [digest("four")], "models": ["other"]},
+    ]
+    (folder / "keys.yaml").write_text(yaml.safe_dump({"tenants": tenants}))
+    return {"keys_file": f"{folder}/keys.yaml"}
