@@ -2,6 +2,7 @@
 
     client → HAProxy → Phi4Replica (its own HTTP server, on its own port)
                  └──── RoutePicker: which replica has this prompt's prefix
+    object store → BatchRunner: what was asked for at /v1/batches
 
 HAProxy and the direct way to the replicas are Serve's, switched on for a cluster before Ray
 starts by `cluster.environment.SERVING`. Without it Serve's own proxy stands there, and every
@@ -20,9 +21,11 @@ import ray
 from ray import serve
 from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from cluster.autoscaling import autoscaling_config, load_stats
+from cluster.batches import batch_runner
 from cluster.harvest import host_shards
 from cluster.limits import share_limits
 from cluster.routing import KVRouter, route_picker
@@ -49,7 +52,10 @@ logger = logging.getLogger(__name__)
 class Phi4Replica:
     """One vLLM engine behind one HTTP server."""
 
-    async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, config: ServeConfig, *beside: DeploymentHandle
+    ) -> None:
+        """What runs beside the replicas is given only to be a part of the application."""
         log_to_stderr()
         # Ray allows as many threads as the actor has CPUs; vLLM knows better what it needs.
         os.environ.pop("OMP_NUM_THREADS", None)
@@ -149,16 +155,17 @@ def application(config: ServeConfig) -> serve.Application:
         replicas = replicas.options(
             num_replicas="auto", autoscaling_config=autoscaling_config(config.autoscaling)
         )
+    beside = [batch_runner(config)] if config.batches is not None else []
     # One replica needs no choice, and its requests no hop to who makes it.
     if most == 1:
-        return replicas.bind(config)
+        return replicas.bind(config, *beside)
     routed = replicas.options(
         request_router_config=RequestRouterConfig(
             request_router_class=KVRouter,
             request_router_kwargs={"routing": config.routing.model_dump()},
             request_routing_stats_period_s=config.routing.stats_period_s,
         )
-    ).bind(config)
+    ).bind(config, *beside)
     if RAY_SERVE_ENABLE_HA_PROXY:
         routed = routed._with_ingress_request_router(route_picker(routed))
     return routed

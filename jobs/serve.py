@@ -35,6 +35,7 @@ from phi4ray.config import EngineConfig
 from phi4ray.errors import ConfigError, Phi4rayError
 from phi4ray.serve.autoscaling import AutoscalingPolicyConfig
 from phi4ray.serve.config import ServeConfig, serve_config
+from phi4ray.storage import normal
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 SCALING_FLAGS: Flags = {"min_replicas": int, "max_replicas": int}
@@ -75,6 +76,8 @@ def serve(config: ServeConfig, host: str, port: int, console: Console) -> None:
         signal.signal(number, lambda *_: stop.set())
     with connected(local=local), deployed(config, host, port):
         console.print(f"{config.engine.model_name} answers at http://{host}:{port}/v1")
+        if config.batches is not None:
+            console.print(f"files and batches are kept in {config.batches.store}")
         if config.gate.keys_file is None:
             who = "who can reach this machine" if host not in LOCAL else "on this machine"
             console.print(f"without API keys: to everyone {who}; see gate.keys_file")
@@ -88,6 +91,12 @@ def parser() -> argparse.ArgumentParser:
     result = new_parser("serve.py", described, example)
     result.add_argument("--host", default="127.0.0.1", help="address to listen on [127.0.0.1]")
     result.add_argument("--port", type=int, default=8000, help="port to listen on [8000]")
+    result.add_argument(
+        "--batches",
+        default=None,
+        metavar="STORE",
+        help="folder for files and batches, as s3://bucket/phi4/: switches the Batch API on",
+    )
     add_fields(result, "replicas", SCALING_FLAGS, AutoscalingPolicyConfig)
     add_fields(result, "engine", ENGINE_FLAGS, EngineConfig)
     return result
@@ -103,7 +112,9 @@ def configuration(arguments: argparse.Namespace) -> ServeConfig:
     recipe = {"recipe": arguments.recipe} if arguments.recipe else {}
     scaling = {name: given[name] for name in SCALING_FLAGS if name in given}
     flags = {"engine": engine_layer(arguments), "autoscaling": scaling}
-    config = serve_config(file_layer(arguments.config), recipe, flags)
+    # Replicas run in another folder than this process.
+    batches = {"batches": {"store": normal(arguments.batches)}} if arguments.batches else {}
+    config = serve_config(file_layer(arguments.config), recipe, flags, batches)
     return config.model_copy(update={"engine": local_model(config.engine)})
 
 

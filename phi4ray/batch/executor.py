@@ -17,7 +17,7 @@ from phi4ray.batch.plan import Plan
 from phi4ray.batch.worker import ShardWorker, WorkerStats
 from phi4ray.config import BatchConfig, EngineConfig
 from phi4ray.engines import make_replica
-from phi4ray.protocol import Replica
+from phi4ray.protocol import Replica, RowError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -62,10 +62,19 @@ def shards_in_flight(config: BatchConfig, plan: Plan) -> int:
 
 
 class InProcessExecutor:
-    """One replica in this process: tests, laptops, and a single GPU without a cluster."""
+    """One replica in this process: tests, laptops, and a single GPU without a cluster.
 
-    def __init__(self, make: Callable[[EngineConfig], Replica] = make_replica) -> None:
+    `stopped` is asked about every `TICK_S`, and once before the first row: an error that it gives
+    becomes that of every row which is not answered yet, see `ShardWorker.stop`.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[EngineConfig], Replica] = make_replica,
+        stopped: Callable[[], RowError | None] = lambda: None,
+    ) -> None:
         self._make = make
+        self._stopped = stopped
         self._worker: ShardWorker | None = None
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
@@ -110,13 +119,23 @@ class InProcessExecutor:
                 for index in todo:
                     done(await worker.run(index))
 
-            async with asyncio.TaskGroup() as group:
-                for _ in range(shards_in_flight(config, plan)):
-                    group.create_task(lane())
+            watch = asyncio.create_task(self._watch(worker))
+            await asyncio.sleep(0)  # its first look comes before the first row
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(shards_in_flight(config, plan)):
+                        group.create_task(lane())
+            finally:
+                watch.cancel()
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         finally:
             await replica.stop()
+
+    async def _watch(self, worker: ShardWorker) -> None:
+        while (error := self._stopped()) is None:
+            await asyncio.sleep(TICK_S)
+        worker.stop(error)
 
 
 def _run_loop(loop: asyncio.AbstractEventLoop, main: asyncio.Task[None]) -> None:

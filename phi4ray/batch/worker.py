@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import pyarrow as pa
 import tenacity
@@ -105,6 +106,19 @@ class ShardWorker:
         self._lengths = Lengths()
         self._turn = asyncio.Lock()
         self._open: dict[int, Done] = {}
+        self._in_flight: set[asyncio.Task[None]] = set()
+        self._stop: RowError | None = None
+
+    def stop(self, error: RowError) -> None:
+        """Give every row that is not answered yet this error; those in flight are aborted.
+
+        Rows that are answered keep their answers, so that open shards are written whole. To be
+        called on the worker's event loop; a second call changes nothing.
+        """
+        if self._stop is None:
+            self._stop = error
+            for task in self._in_flight:
+                task.cancel()
 
     def stats(self) -> WorkerStats:
         """A snapshot for progress; may be taken from any thread."""
@@ -190,7 +204,7 @@ class ShardWorker:
 
         async def answer(at: int, request: Request, chars: int, demand: float) -> None:
             try:
-                result = results[at] = await self._answer_row(results[at], request)
+                result = results[at] = await self._answer_or_stop(results[at], request)
             finally:
                 self._pacer.release(demand)
             self._count(shard, result)
@@ -209,6 +223,21 @@ class ShardWorker:
             # One cause and not a group, so that it keeps its type over process borders.
             raise failures.exceptions[0] from None
         return results
+
+    async def _answer_or_stop(self, row: Result, request: Request) -> Result:
+        if self._stop is not None:
+            return row.failed(self._stop)
+        task = cast(asyncio.Task[None], asyncio.current_task())
+        self._in_flight.add(task)
+        try:
+            return await self._answer_row(row, request)
+        except asyncio.CancelledError:
+            # Cancelled by `stop`, and by nobody else besides.
+            if self._stop is None or task.uncancel():
+                raise
+            return row.failed(self._stop)
+        finally:
+            self._in_flight.discard(task)
 
     async def _answer_row(self, row: Result, request: Request) -> Result:
         for attempt in itertools.count(1):

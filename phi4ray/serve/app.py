@@ -1,12 +1,17 @@
 """The online door of a replica: vLLM's application with what a service needs around it.
 
-    HTTP → Observe (ids, log, metrics) → Gate (keys, limits) → Admit (KV tokens) → Alive → vLLM
+    HTTP → Observe (ids, log, metrics) → Gate (keys, limits) → BatchApi (files, batches)
+         → Admit (KV tokens) → Alive → vLLM
 
 Each layer is plain ASGI: vLLM's answers, streams included, pass through untouched.
 """
 
+import time
+from collections.abc import Callable
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from phi4ray.batches.app import BatchApi
 from phi4ray.protocol import OnlineReplica
 from phi4ray.serve import metrics
 from phi4ray.serve.admission import Admission
@@ -22,7 +27,13 @@ from phi4ray.serve.responses import send_error
 class OnlineApp:
     """The ASGI application of one started replica."""
 
-    def __init__(self, replica: OnlineReplica, config: ServeConfig) -> None:
+    def __init__(
+        self,
+        replica: OnlineReplica,
+        config: ServeConfig,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`clock` gives the Unix time in seconds by which files and batches expire."""
         kv = replica.kv()
         meter = Meter()
         replica.on_finished = meter.finished
@@ -35,7 +46,11 @@ class OnlineApp:
         replica.on_step = self.harvest.step
         metrics.watch(self.admission, self.harvest)
         admit = Admit(Alive(replica.app, replica), self.admission, meter)
-        self.gate = Gate(admit, config.gate, admit.demand)
+        batches = config.batches
+        api = BatchApi(admit, batches, config.engine.model_name, clock)
+        self.gate = Gate(
+            api, config.gate, admit.demand, batches.max_file_bytes if batches is not None else 0
+        )
         self._app: ASGIApp = Observe(self.gate)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import Field
 
+from phi4ray.batches.config import BatchesConfig
 from phi4ray.config import Config, EngineConfig, merge, validated
 from phi4ray.recipes import find_recipe
 from phi4ray.serve.admission import AdmissionConfig
@@ -24,6 +25,7 @@ class ServeConfig(Config):
     routing: RoutingConfig = RoutingConfig()
     gate: GateConfig = GateConfig()
     harvest: HarvestConfig = HarvestConfig()
+    batches: BatchesConfig | None = Field(None, description="The Batch API; None: there is none")
     drain_timeout_s: float = Field(
         600.0, gt=0, description="Longest that a leaving replica finishes its running requests"
     )

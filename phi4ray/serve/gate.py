@@ -16,7 +16,7 @@ from phi4ray.protocol import Json
 from phi4ray.serve import metrics
 from phi4ray.serve.headers import is_form, is_preflight, key_of, rate_limits
 from phi4ray.serve.limits import Limiter, Refused
-from phi4ray.serve.paths import OPEN
+from phi4ray.serve.paths import FILES, OPEN, of_batches
 from phi4ray.serve.responses import send_error
 from phi4ray.serve.state import State
 from phi4ray.serve.tenants import KeyRing, Tenant
@@ -42,6 +42,10 @@ DEEPEST_JSON = 128
 behind this one, which may recurse on it, meets Python's limit of 1,000 frames."""
 
 
+FORM_BYTES = 128 * 1024
+"""What a file's body may have besides the file."""
+
+
 class BodyError(Exception):
     """A body that no layer behind this one should see."""
 
@@ -52,11 +56,16 @@ class BodyError(Exception):
 class Gate:
     """Checks key, sizes and limits, and decodes the body once for the layers behind it.
 
-    `demand` tells the tokens that a request to a path is expected to use.
+    `demand` tells the tokens that a request to a path is expected to use. Files of up to
+    `max_file_bytes` pass as they come, to a layer that counts them.
     """
 
     def __init__(
-        self, app: ASGIApp, config: GateConfig, demand: Callable[[str, Json | None], float]
+        self,
+        app: ASGIApp,
+        config: GateConfig,
+        demand: Callable[[str, Json | None], float],
+        max_file_bytes: int = 0,
     ) -> None:
         """Read the keys.
 
@@ -66,6 +75,7 @@ class Gate:
         self.app = app
         self.limiter = Limiter()
         self._config, self._demand = config, demand
+        self._max_file_bytes = max_file_bytes
         self._keys = (
             KeyRing(Path(config.keys_file), config.reload_interval_s) if config.keys_file else None
         )
@@ -127,7 +137,8 @@ class Gate:
     async def _limited(self, tenant: Tenant, scope: Scope, receive: Receive, send: Send) -> None:
         state = State.of(scope)
         state.priority = tenant.priority
-        may, body = tenant.models, state.body
+        state.models = may = tenant.models
+        body = None if of_batches(scope["path"]) else state.body  # a batch names a file, no model
         # vLLM gives a request that names no model its first one, whichever that is.
         if may is not None and body is not None and body.get("model") not in may:
             message = f"'model' must be one that this API key may use: {', '.join(may)}"
@@ -174,11 +185,14 @@ class Gate:
         None: the client hung up before it had sent everything.
         """
         limit = self._config.max_body_bytes
+        upload = scope["method"] == "POST" and scope["path"] == FILES and self._max_file_bytes
+        if upload:
+            limit = self._max_file_bytes + FORM_BYTES
         too_large = BodyError(413, "body_too_large", f"a body may have {limit:,} bytes")
         with contextlib.suppress(ValueError):
             if int(headers.get(b"content-length", b"0")) > limit:
                 raise too_large
-        if scope["method"] in ("GET", "HEAD", "OPTIONS", "DELETE"):
+        if upload or scope["method"] in ("GET", "HEAD", "OPTIONS", "DELETE"):
             return receive
         messages: list[Message] = []
         size = 0

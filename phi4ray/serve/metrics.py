@@ -11,7 +11,9 @@ from phi4ray.serve.paths import GENERATING
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 PATHS: Final = GENERATING | {
+    "/v1/batches",
     "/v1/embeddings",
+    "/v1/files",
     "/v1/models",
     "/tokenize",
     "/detokenize",

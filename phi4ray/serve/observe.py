@@ -11,7 +11,7 @@ import uuid
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phi4ray.serve import metrics
-from phi4ray.serve.paths import OPEN
+from phi4ray.serve.paths import OPEN, of_batches
 from phi4ray.serve.state import KEY, State
 
 logger = logging.getLogger("phi4ray.access")
@@ -70,7 +70,7 @@ class Observe:
         if path in OPEN:
             if status < 400:
                 return
-        else:
+        elif not of_batches(path):  # a file takes its time, and is no answer
             metrics.DURATION.observe(total_s)
         if state.usage:
             tenant = state.tenant or ""

@@ -18,3 +18,13 @@ GENERATING: Final = frozenset(
 
 OPEN: Final = frozenset({"/health", "/ready", "/ping", "/version", "/metrics", "/load"})
 """Paths that machines ask every few seconds, without a key; logged only when they fail."""
+
+FILES: Final = "/v1/files"
+"""Where files are posted to: bodies of another size, which nobody holds in memory."""
+
+BATCHES: Final = "/v1/batches"
+
+
+def of_batches(path: str) -> bool:
+    """Whether a path is the Batch API's."""
+    return path in (FILES, BATCHES) or path.startswith((f"{FILES}/", f"{BATCHES}/"))

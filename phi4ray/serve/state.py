@@ -18,6 +18,8 @@ class State:
     body: Json | None = None
     """The decoded JSON object of a request that has one."""
     tenant: str | None = None
+    models: tuple[str, ...] | None = None
+    """Models that the tenant may name; None: all."""
     priority: int = 0
     queued_s: float = 0.0
     status: int = 0

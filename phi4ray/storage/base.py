@@ -1,6 +1,7 @@
 """What an object store is to phi4ray: whole objects, written at once, listed by prefix."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
@@ -12,6 +13,14 @@ class ObjectInfo:
     uri: str
     size: int
     etag: str
+
+
+class Writer(Protocol):
+    """Takes the content of one object, piece by piece."""
+
+    def write(self, data: bytes) -> None:
+        """Append to the content; may wait for the store. Raises what `Storage`'s methods do."""
+        ...
 
 
 class Storage(Protocol):
@@ -71,6 +80,14 @@ class Storage(Protocol):
 
         Raises:
             PreconditionError: it exists already.
+        """
+        ...
+
+    def create(self, uri: str) -> AbstractContextManager[Writer]:
+        """Write an object whose content comes in pieces; what is held of it in memory is bounded.
+
+        The object appears, whole, when the block ends; it does not if the block raises. The
+        writer may be used from any thread, one at a time.
         """
         ...
 

@@ -17,7 +17,7 @@ from phi4ray.errors import (
     StorageError,
     TransientStorageError,
 )
-from phi4ray.storage.base import ObjectInfo
+from phi4ray.storage.base import ObjectInfo, Writer
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
 
@@ -93,6 +93,18 @@ class LocalStorage:
                     raise PreconditionError(f"{path} exists already") from error
                 os.replace(temporary, path)
 
+    @contextlib.contextmanager
+    def create(self, uri: str) -> Iterator[Writer]:
+        """See `Storage.create`."""
+        path = path_of(uri)
+        with contextlib.ExitStack() as stack:
+            with translated(path):
+                stream, temporary = stack.enter_context(_beside(path))
+            yield _Pieces(stream, path)
+            with translated(path):
+                _finish(stream, temporary)
+                os.replace(temporary, path)
+
     def sha256(self, uri: str) -> str:
         """See `Storage.sha256`."""
         with self.open(uri) as stream, translated(path_of(uri)):
@@ -111,9 +123,29 @@ def _info(path: str, found: os.stat_result) -> ObjectInfo:
     return ObjectInfo(path, found.st_size, f"{found.st_mtime_ns:x}-{found.st_size:x}")
 
 
+class _Pieces:
+    """See `phi4ray.storage.base.Writer`."""
+
+    def __init__(self, stream: BinaryIO, path: str) -> None:
+        self._stream, self._path = stream, path
+
+    def write(self, data: bytes) -> None:
+        with translated(self._path):
+            self._stream.write(data)
+
+
 @contextlib.contextmanager
 def _written_beside(path: str, data: bytes) -> Iterator[str]:
     """A complete file in the target's folder, under a name that no reader takes for data."""
+    with _beside(path) as (stream, temporary):
+        stream.write(data)
+        _finish(stream, temporary)
+        yield temporary
+
+
+@contextlib.contextmanager
+def _beside(path: str) -> Iterator[tuple[BinaryIO, str]]:
+    """An open file in the target's folder, and its name; it is gone when the block ends."""
     folder = os.path.dirname(path)
     try:
         os.makedirs(folder, exist_ok=True)
@@ -124,14 +156,17 @@ def _written_beside(path: str, data: bytes) -> Iterator[str]:
     handle, temporary = tempfile.mkstemp(prefix=".phi4ray-", dir=folder)
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_UMASK)
-        yield temporary
+            yield stream, temporary
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _finish(stream: BinaryIO, temporary: str) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+    stream.close()
+    os.chmod(temporary, 0o666 & ~_UMASK)
 
 
 def _umask() -> int:

@@ -15,6 +15,7 @@ from phi4ray.batch.planning import obtain_plan
 from phi4ray.config import EngineConfig
 from phi4ray.errors import EngineStartError
 from phi4ray.fake import FakeReplica
+from phi4ray.protocol import RowError
 from tests.small_jobs import engine, job, parts, prompts, write_lines
 
 # Shards in flight
@@ -137,3 +138,13 @@ def test_only_pending_shards_are_run(tmp_path: Path) -> None:
     plan = obtain_plan(config, executor)
     assert [r.shard for r in executor.run_shards(config, plan, [2]) if r is not None] == [2]
     assert list(parts(config)) == [plan.part_name(2)]
+
+
+def test_stopped_before_it_begins_no_row_is_asked(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(4))
+    config = job(tmp_path, shard_rows=2)
+    stopped = RowError("batch_expired", "too late")
+    executor = InProcessExecutor(engine(die_after=1), lambda: stopped)
+    receipts = executor.run_shards(config, obtain_plan(config, executor), [0, 1])
+    told = [receipt.errors for receipt in receipts if receipt is not None]
+    assert told == [{"batch_expired": 2}, {"batch_expired": 2}]

@@ -25,9 +25,9 @@ from phi4ray.errors import (
     TransientStorageError,
 )
 from phi4ray.fake import FakeReplica, fake_text
-from phi4ray.protocol import Answer, Json, refusal
+from phi4ray.protocol import Answer, Json, RowError, refusal
 from phi4ray.storage.local import LocalStorage
-from tests.small_jobs import job, parts, prompts, write_lines
+from tests.small_jobs import answers, job, parts, prompts, write_lines
 
 
 class Engine(FakeReplica):
@@ -399,3 +399,65 @@ def test_an_input_that_cannot_be_read_for_a_while_is_read_again(
     run(config, plan, Engine())
     assert len(rows_of(config)) == 10
     assert len(no_pauses) == 3
+
+
+# Being told to stop
+
+CANCELLED = RowError("batch_cancelled", "it was cancelled")
+
+
+def test_a_worker_that_is_stopped_keeps_answers_and_gives_the_rest_an_error(
+    tmp_path: Path,
+) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(10))
+    config, plan = planned(tmp_path, shard_rows=5, engine={"max_num_seqs": 3})
+    held = asyncio.Event()
+
+    class Held(Engine):
+        async def complete(self, endpoint: Endpoint, body: Json) -> Answer:
+            if len(self.asked) >= 2:
+                self.asked.append("held")
+                held.set()
+                await asyncio.Event().wait()  # for ever
+            return await super().complete(endpoint, body)
+
+    engine = Held()
+    engine.config = config.engine
+
+    async def scenario() -> None:
+        worker = ShardWorker(config, plan, engine)
+        shards = [asyncio.create_task(worker.run(index)) for index in range(2)]
+        await held.wait()
+        worker.stop(CANCELLED)
+        worker.stop(RowError("too_late", "the first one counts"))
+        receipts = await asyncio.gather(*shards)
+        assert sum(receipt.rows for receipt in receipts) == 10
+        assert sum(receipt.errors.get("batch_cancelled", 0) for receipt in receipts) == 8
+        assert worker.stats().rows_in_flight == 0
+
+    asyncio.run(scenario())
+    rows = answers(config)
+    assert [row["id"] for row in rows] == [f"r{number}" for number in range(10)]
+    answered = [row for row in rows if row["error_code"] is None]
+    assert len(answered) == 2
+    assert all(row["text"] == fake_text(f"prompt {row['id'][1:]}") for row in answered)
+    assert {row["error_message"] for row in rows} == {None, "it was cancelled"}
+
+
+def test_a_shard_that_is_cancelled_from_outside_is_not_taken_for_stopped(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(3))
+    config, plan = planned(tmp_path)
+
+    async def scenario() -> None:
+        worker = ShardWorker(config, plan, Engine(latency_s=60.0))
+        shard = asyncio.create_task(worker.run(0))
+        while worker.stats().rows_in_flight < 3:
+            await asyncio.sleep(0.01)
+        shard.cancel()
+        await asyncio.sleep(0)
+        worker.stop(CANCELLED)
+        with pytest.raises(asyncio.CancelledError):
+            await shard
+
+    asyncio.run(scenario())
+    assert parts(config) == {}

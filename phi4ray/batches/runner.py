@@ -1,0 +1,187 @@
+"""The reconcile loop of the Batch API: what the store says is to be done, is done.
+
+    open batches in the store ─▶ a look at each ─▶ its next step, in a thread ─▶ state in the store
+
+It keeps nothing that it could not find again: it may die at any point, and another one goes on.
+"""
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from phi4ray.batches import states
+from phi4ray.batches.config import DAY_S, BatchesConfig
+from phi4ray.batches.executors import Executors
+from phi4ray.batches.job import InterruptedJob, Job, Step, next_step
+from phi4ray.batches.records import BatchRequest, BatchState, age_s
+from phi4ray.batches.store import Key, Store
+from phi4ray.config import EngineConfig
+from phi4ray.errors import Phi4rayError, StorageError
+
+QUICK_JOBS = 4
+"""Batches that are validated, stopped or tidied at once: these wait for no engine."""
+
+logger = logging.getLogger(__name__)
+
+
+class Runner:
+    """Carries the batches of one store through, on the engine of one service."""
+
+    def __init__(
+        self,
+        config: BatchesConfig,
+        engine: EngineConfig,
+        executors: Executors,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Raises:
+        ConfigError: there is no such kind of store.
+        """
+        self._config, self._engine, self._executors = config, engine, executors
+        self._clock = clock
+        self._store = Store(config.store)
+        self._wake, self._closed = threading.Event(), threading.Event()
+        self._lock = threading.Lock()
+        self._running: dict[Key, tuple[Step, Job]] = {}
+        self._known: dict[Key, tuple[BatchRequest, BatchState]] = {}
+        self._not_before_s: dict[Key, float] = {}
+        self._swept_s = 0.0
+        threads = config.max_concurrent_batches + QUICK_JOBS + 1
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="phi4ray-batch")
+
+    def run(self) -> None:
+        """Look again and again, until `close`."""
+        try:
+            while not self._closed.is_set():
+                self._guarded(self.look)
+                self._wake.wait(self._config.poll_interval_s)
+                self._wake.clear()
+        finally:
+            self._pool.shutdown()
+
+    def close(self) -> None:
+        """Stop looking, and leave what runs to the next runner. May be called from any thread."""
+        self._closed.set()
+        with self._lock:
+            for _, job in self._running.values():
+                job.interrupted = True
+        self._wake.set()
+
+    def look(self) -> None:
+        """One look at the store: begins what is to be done and finds room.
+
+        Raises:
+            StorageError: the store cannot be read.
+        """
+        now_s = self._clock()
+        cancels = self._store.cancels()
+        batches = self._store.open_batches()
+        for key in set(self._known) - set(batches):
+            self._known.pop(key, None)
+        with self._lock:
+            busy = Counter(key.owner for key in self._running)
+        # Who has fewer batches at work goes first: nobody's long queue is before the others.
+        for key in sorted(batches, key=lambda key: (busy[key.owner], key.id)):
+            with self._lock:
+                running = self._running.get(key)
+            if running is not None:
+                running[1].cancelled = key in cancels
+            elif now_s >= self._not_before_s.get(key, 0.0):
+                try:
+                    self._begin(key, key in cancels, now_s)
+                except StorageError as error:
+                    self._postpone(key, error)  # the others need not wait for it
+        if now_s - self._swept_s >= self._config.sweep_interval_s:
+            self._swept_s = now_s
+            self._pool.submit(self._guarded, self.sweep)
+
+    def answering(self) -> int:
+        """How many batches are being answered."""
+        with self._lock:
+            return sum(step == "answer" for step, _ in self._running.values())
+
+    def _begin(self, key: Key, cancelled: bool, now_s: float) -> None:
+        if key not in self._known:
+            request = self._store.request(key)
+            if request is None:
+                if age_s(key.id, now_s) > DAY_S:  # its door died, long ago
+                    self._store.close_batch(key)
+                return
+            self._known[key] = (request, self._store.state(key))
+        request, state = self._known[key]  # its job is over: nobody else touches it
+        # Whether it is stopped decides where it runs; the job looks by itself, and writes it down.
+        cancel_at = int(now_s) if cancelled else None
+        step = next_step(states.looked_at(state, request, cancel_at, now_s))
+        job = Job(
+            self._store, key, request, state, self._config, self._engine, self._executors,
+            self._clock,
+        )  # fmt: skip
+        job.cancelled = cancelled
+        with self._lock:
+            answering = sum(other == "answer" for other, _ in self._running.values())
+            quick = len(self._running) - answering
+            used, room = (
+                (answering, self._config.max_concurrent_batches)
+                if step == "answer"
+                else (quick, QUICK_JOBS)
+            )
+            if used >= room or self._closed.is_set():
+                return
+            self._running[key] = (step, job)
+        self._pool.submit(self._run, key, job)
+
+    def _run(self, key: Key, job: Job) -> None:
+        self._not_before_s.pop(key, None)
+        try:
+            job.run()
+            self._known[key] = (self._known[key][0], job.state)
+        except InterruptedJob:
+            self._known.pop(key, None)
+        except Exception as error:
+            self._known.pop(key, None)
+            self._postpone(key, error)
+        finally:
+            with self._lock:
+                del self._running[key]
+            self._wake.set()
+
+    def _postpone(self, key: Key, error: Exception) -> None:
+        wait_s = self._config.retry_interval_s
+        self._not_before_s[key] = self._clock() + wait_s
+        logger.error(
+            "%s is taken up again in %g s: %s: %s", key.id, wait_s, type(error).__name__, error,
+            exc_info=not isinstance(error, Phi4rayError),
+        )  # fmt: skip
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Phi4rayError as error:
+            logger.error("batches wait for the store: %s", error)
+        except Exception:  # one bad look must not be the last
+            logger.exception("a look at the batches failed")
+
+    def sweep(self) -> None:
+        """Remove expired files, and uploads that never became files.
+
+        Raises:
+            StorageError: the store refused.
+        """
+        now_s = self._clock()
+        used = set()
+        for key in self._store.open_batches():
+            request = self._store.request(key)
+            if request is not None:
+                used.add((key.owner, request.input_file_id))
+        known = set()
+        for owner, record in self._store.all_files():
+            known.add((owner, record.id))
+            if record.expired(now_s) and (owner, record.id) not in used:
+                self._store.delete_file(owner, record)
+        for owner, file_id in self._store.contents():
+            if (owner, file_id) not in known and age_s(file_id, now_s) > DAY_S:
+                name = self._store.content_name(owner, file_id)
+                self._store.storage.delete(self._store.uri(name))

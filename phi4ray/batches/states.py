@@ -1,0 +1,82 @@
+"""How a batch goes from state to state. Pure: times are given, in Unix seconds.
+
+validating ─▶ in_progress ─▶ finalizing ─▶ completed | expired
+    │  └──────────┬─▶ cancelling ─▶ cancelled
+    └─▶ failed ◀──┘
+"""
+
+from collections.abc import Sequence
+
+from phi4ray.batches.records import BatchRequest, BatchState, LineError
+
+
+def validated(state: BatchState, rows: int, now_s: float) -> BatchState:
+    """Its file is good: it may be answered."""
+    status = "in_progress" if state.stop != "batch_cancelled" else state.status
+    return state.model_copy(
+        update={
+            "status": status,
+            "validated": True,
+            "total": rows,
+            "in_progress_at": int(now_s),
+        }
+    )
+
+
+def failed(state: BatchState, errors: Sequence[LineError], now_s: float) -> BatchState:
+    """It cannot be answered, whoever tries."""
+    return state.model_copy(
+        update={"status": "failed", "errors": tuple(errors), "failed_at": int(now_s)}
+    )
+
+
+def looked_at(
+    state: BatchState, request: BatchRequest, cancel_at: int | None, now_s: float
+) -> BatchState:
+    """The state after a look at the clock and at what the client wants: it may be stopped now.
+
+    A batch that is finalizing has all its answers already, and one that is stopped stays so.
+    """
+    if state.stop is not None or state.finalizing_at is not None or state.ended:
+        return state
+    if cancel_at is not None:
+        return state.model_copy(
+            update={
+                "status": "cancelling",
+                "stop": "batch_cancelled",
+                "cancelling_at": cancel_at,
+            }
+        )
+    if now_s >= request.expires_at:
+        return state.model_copy(update={"stop": "batch_expired"})
+    return state
+
+
+def counted(state: BatchState, completed: int, failed: int) -> BatchState:
+    """With so many rows done."""
+    return state.model_copy(update={"completed": completed, "failed": failed})
+
+
+def finalizing(state: BatchState, now_s: float) -> BatchState:
+    """All rows have their answers or errors; the files are being made."""
+    if state.finalizing_at is not None:
+        return state
+    status = "finalizing" if state.stop != "batch_cancelled" else state.status
+    return state.model_copy(update={"status": status, "finalizing_at": int(now_s)})
+
+
+def ended(
+    state: BatchState, output_file_id: str | None, error_file_id: str | None, now_s: float
+) -> BatchState:
+    """The files are there."""
+    status = {None: "completed", "batch_cancelled": "cancelled", "batch_expired": "expired"}[
+        state.stop
+    ]
+    return state.model_copy(
+        update={
+            "status": status,
+            f"{status}_at": int(now_s),
+            "output_file_id": output_file_id,
+            "error_file_id": error_file_id,
+        }
+    )

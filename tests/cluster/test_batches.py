@@ -1,0 +1,125 @@
+"""The Batch API of a deployed application, through the unmodified openai client over HTTP."""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import yaml
+from openai.types import Batch
+
+from tests.batch_service import (
+    client_of,
+    counts,
+    create,
+    ended,
+    expected,
+    line,
+    rows_of,
+    texts_of,
+    upload,
+    wait,
+)
+
+ROOT = Path(__file__).parents[2]
+ROWS = 600
+pytestmark = [pytest.mark.cluster, pytest.mark.crash, pytest.mark.timeout(400)]
+
+
+@pytest.fixture
+def command(tmp_path: Path, s3_prefix: str) -> list[str]:
+    """The service: a fake engine that answers about a hundred rows a second, files in S3."""
+    settings = {
+        "batches": {"poll_interval_s": 0.3, "retry_interval_s": 0.5, "shard_rows": 20},
+        "engine": {
+            "kind": "fake", "model": "m", "max_num_seqs": 8, "num_cpus": 0,
+            "engine_args": {"latency_s": 0.15},
+        },
+    }  # fmt: skip
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(settings))
+    return [
+        sys.executable, "jobs/serve.py", "--config", f"{tmp_path}/serve.yaml",
+        "--batches", s3_prefix,
+    ]  # fmt: skip
+
+
+@contextmanager
+def started(command: list[str], log: Path) -> Iterator[tuple[str, psutil.Popen]]:
+    """The application; when the block ends, everything of it is killed at once."""
+    port = free_port()
+    with log.open("wb") as stream:
+        server = psutil.Popen(
+            [*command, "--port", str(port)],
+            cwd=ROOT, stdout=stream, stderr=stream, env=dict(os.environ),
+        )  # fmt: skip
+        try:
+            deadline = time.monotonic() + 120
+            while not ready(f"http://127.0.0.1:{port}"):
+                said = log.read_text(errors="replace")
+                assert server.poll() is None, said[-5000:]
+                assert time.monotonic() < deadline, said[-5000:]
+                time.sleep(0.3)
+            yield f"http://127.0.0.1:{port}", server
+        finally:
+            family = [*server.children(recursive=True), server]
+            for process in family:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(family, 30)
+
+
+def ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_a_batch_survives_the_death_of_its_runner_and_of_the_whole_application(
+    command: list[str], tmp_path: Path
+) -> None:
+    # A file that no proxy on the way takes for a small body.
+    rows = [line(number, padding="x" * 4000) for number in range(ROWS)]
+    with started(command, tmp_path / "first.log") as (url, server):
+        client = client_of(url)
+        batch_id = create(client, upload(client, *rows)).id
+        wait(client, batch_id, lambda batch: done(batch) >= 40)
+        runner(server).kill()
+        before = done(client.batches.retrieve(batch_id))
+        wait(client, batch_id, lambda batch: done(batch) >= before + 40)
+    with started(command, tmp_path / "second.log") as (url, _):
+        client = client_of(url)
+        batch = client.batches.retrieve(batch_id)
+        assert batch.status == "in_progress"
+        assert done(batch) < ROWS
+        batch = ended(client, batch_id)
+        assert (batch.status, counts(batch)) == ("completed", (ROWS, ROWS, 0))
+        answers = rows_of(client, batch.output_file_id)
+        assert len(answers) == ROWS
+        assert texts_of(answers) == expected(*range(ROWS))
+        assert [one.id for one in client.batches.list()] == [batch_id]
+
+
+def done(batch: Batch) -> int:
+    return counts(batch)[1]
+
+
+def runner(server: psutil.Popen) -> psutil.Process:
+    (found,) = (
+        process
+        for process in server.children(recursive=True)
+        if "ServeReplica:phi4:batches" in " ".join(process.cmdline())
+    )
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,262 @@
+"""The Batch API's HTTP door: what it takes, refuses and lists, and how little it holds."""
+
+import json
+import socket
+import time
+import tracemalloc
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from jobs.serve import configuration, parser
+from phi4ray.batches.store import Store
+from tests.batch_service import (
+    CHAT,
+    client_of,
+    create,
+    ended,
+    keys,
+    line,
+    listening,
+    running,
+    service,
+    upload,
+)
+
+UNKNOWN_FILE, UNKNOWN_BATCH = "file-" + "0" * 32, "batch_" + "0" * 32
+ODD = ["\\ud800", "\\u0000", "../x", "😀", "%2e%2e", "x" * 5000]
+
+
+def test_files_and_batches_come_in_pages_newest_first(tmp_path: Any) -> None:
+    config = service(str(tmp_path))
+    with listening(config) as url:
+        client = client_of(url)
+        files = [upload(client, line(number)) for number in range(5)]
+        batches = [create(client, file_id).id for file_id in files]
+        assert [one.id for one in client.files.list(limit=2)] == files[::-1]
+        assert [one.id for one in client.files.list(limit=2, order="asc")] == files
+        assert [one.id for one in client.batches.list(limit=2)] == batches[::-1]
+        page = client.batches.list(limit=2, after=batches[3])
+        assert ([one.id for one in page.data], page.has_more) == (batches[2:0:-1], True)
+        last = client.files.list(after=files[1])
+        assert ([one.id for one in last.data], last.has_more) == (files[:1], False)
+        raw = client.get("/batches?limit=2", cast_to=object)
+        assert raw["first_id"] == batches[4]  # type: ignore[index]
+        assert raw["last_id"] == batches[3]  # type: ignore[index]
+        assert client.files.list(purpose="batch_output").data == []
+        assert len(client.files.list(purpose="batch").data) == 5
+
+
+def test_what_is_refused_and_how(tmp_path: Any) -> None:
+    config = service(str(tmp_path), batches={"max_file_mib": 0.01})
+    with listening(config) as url:
+        client = client_of(url)
+        good = upload(client, line(0))
+        refusals: list[tuple[Any, int, str, str | None]] = [
+            (lambda: client.files.retrieve(UNKNOWN_FILE), 404, "not_found", "file_id"),
+            (lambda: client.files.retrieve("file-../../x"), 404, "not_found", None),
+            (lambda: client.files.content(UNKNOWN_FILE), 404, "not_found", "file_id"),
+            (lambda: client.files.delete(UNKNOWN_FILE), 404, "not_found", "file_id"),
+            (lambda: client.batches.retrieve(UNKNOWN_BATCH), 404, "not_found", "batch_id"),
+            (lambda: client.batches.retrieve("batch_1"), 404, "not_found", "batch_id"),
+            (lambda: client.batches.cancel(UNKNOWN_BATCH), 404, "not_found", "batch_id"),
+            (lambda: create(client, UNKNOWN_FILE), 404, "not_found", "file_id"),
+            (lambda: client.batches.list(limit=1000), 400, "invalid_value", "limit"),
+            (lambda: client.batches.list(after="x"), 400, "invalid_value", "after"),
+            (
+                lambda: client.files.create(file=b"{}", purpose="fine-tune"),
+                400, "invalid_value", "purpose",
+            ),
+            (
+                lambda: client.files.create(file=b"x" * 20_000, purpose="batch"),
+                413, "file_too_large", "file",
+            ),
+            (
+                lambda: client.files.create(file=b"x" * 200_000, purpose="batch"),
+                413, "body_too_large", None,
+            ),
+            (
+                lambda: client.files.create(
+                    file=b"{}", purpose="batch",
+                    expires_after={"anchor": "created_at", "seconds": 5},
+                ),
+                400, "invalid_value", "seconds",
+            ),
+            (
+                lambda: client.batches.create(
+                    input_file_id=good, endpoint=CHAT, completion_window="1h"  # type: ignore
+                ),
+                400, "invalid_value", "completion_window",
+            ),
+            (
+                lambda: client.batches.create(
+                    input_file_id=good, endpoint="/v1/responses", completion_window="24h"
+                ),
+                400, "invalid_value", "endpoint",
+            ),
+            (lambda: create(client, good, metadata={"k": "v" * 513}), 400, "invalid_value",
+             "metadata.k"),
+            (lambda: client.post("/batches", cast_to=object, body={}), 400,
+             "missing_required_parameter", "input_file_id"),
+            (lambda: client.post("/batches", cast_to=object, body=[]), 400, "invalid_json", None),
+            (lambda: client.post("/files", cast_to=object, body={}), 400, "invalid_form", None),
+            (lambda: client.put("/files", cast_to=object, body={}), 405, "not_found", None),
+        ]  # fmt: skip
+        for refused, status, code, param in refusals:
+            with pytest.raises(openai.APIStatusError) as told:
+                refused()
+            error: Any = told.value.body
+            assert (told.value.status_code, error["code"], error["param"]) == (status, code, param)
+            assert error["message"]
+        # Nothing is left of what was refused.
+        assert [one.id for one in client.files.list()] == [good]
+        store = Store(str(tmp_path))
+        assert len(store.contents()) == 1
+
+
+def test_a_service_without_a_store_says_that_it_has_no_batch_api() -> None:
+    config = service("unused", batches=None)
+    with listening(config) as url:
+        client = client_of(url)
+        for asked in (client.batches.list, client.files.list, lambda: upload(client, line(0))):
+            with pytest.raises(openai.NotFoundError) as told:
+                asked()  # type: ignore[operator]
+            assert told.value.code == "batches_off"
+
+
+def test_tenants_see_only_what_is_theirs(tmp_path: Any) -> None:
+    config = service(f"{tmp_path}/store", gate=keys(tmp_path))
+    with listening(config) as url, running(config):
+        ours, theirs = client_of(url, "one"), client_of(url, "two")
+        file_id = upload(ours, line(1))
+        batch = ended(ours, create(ours, file_id).id)
+        for denied in (
+            lambda: theirs.files.retrieve(file_id),
+            lambda: theirs.files.content(batch.output_file_id or ""),
+            lambda: theirs.files.delete(file_id),
+            lambda: create(theirs, file_id),
+            lambda: theirs.batches.retrieve(batch.id),
+            lambda: theirs.batches.cancel(batch.id),
+        ):
+            with pytest.raises(openai.NotFoundError):
+                denied()
+        assert theirs.files.list().data == theirs.batches.list().data == []
+        assert len(ours.files.list().data) == 2
+        with pytest.raises(openai.AuthenticationError):
+            client_of(url, "three").files.list()
+        # A tenant of other models may keep files here, and have none answered.
+        other = client_of(url, "four")
+        with pytest.raises(openai.PermissionDeniedError):
+            create(other, upload(other, line(1)))
+
+
+def test_a_file_that_a_batch_reads_is_not_deleted(tmp_path: Any) -> None:
+    config = service(str(tmp_path))
+    with listening(config) as url:
+        client = client_of(url)
+        file_id = upload(client, line(1))
+        batch_id = create(client, file_id).id
+        with pytest.raises(openai.BadRequestError, match=batch_id):
+            client.files.delete(file_id)
+        with running(config):
+            ended(client, batch_id)
+        assert client.files.delete(file_id).deleted
+        assert client.batches.retrieve(batch_id).status == "completed"
+
+
+def test_a_file_goes_in_and_out_without_being_held(tmp_path: Any) -> None:
+    size, chunk = 150 << 20, b"x" * (256 << 10)
+    head = b'--B\r\ncontent-disposition: form-data; name="file"; filename="f"\r\n\r\n'
+    tail = b'\r\n--B\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--B--\r\n'
+
+    def body() -> Iterator[bytes]:
+        yield head
+        for _ in range(size // len(chunk)):
+            yield chunk
+        yield tail
+
+    config = service(str(tmp_path))
+    with listening(config) as url, httpx.Client(base_url=url, timeout=120) as client:
+        client.get("/v1/files")
+        tracemalloc.start()
+        try:
+            sent = client.post(
+                "/v1/files",
+                content=body(),
+                headers={"content-type": "multipart/form-data; boundary=B"},
+            ).json()
+            received = 0
+            with client.stream("GET", f"/v1/files/{sent['id']}/content") as content:
+                for data in content.iter_raw():
+                    received += len(data)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert sent["bytes"] == received == size
+    assert peak < 30 << 20
+
+
+def test_an_upload_that_is_cut_off_is_no_file(tmp_path: Any) -> None:
+    config = service(str(tmp_path))
+    with listening(config) as url:
+        address = httpx.URL(url)
+        head = (
+            "POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n"
+            "content-type: multipart/form-data; boundary=B\r\n\r\n"
+            '--B\r\ncontent-disposition: form-data; name="file"; filename="f"\r\n\r\n'
+        )
+        with socket.create_connection((address.host, address.port or 0)) as connection:
+            connection.sendall(head.encode() + b"x" * 100_000)
+            folder = tmp_path / "contents" / "everyone"
+            while not list(folder.glob(".phi4ray-*")):
+                time.sleep(0.01)
+        while list(folder.iterdir()):
+            time.sleep(0.01)
+        client = client_of(url)
+        assert client.files.list().data == []
+
+
+def test_no_request_is_odd_enough_for_a_server_error(tmp_path: Any) -> None:
+    config = service(str(tmp_path))
+    with listening(config) as url, httpx.Client(base_url=url) as client:
+        good = client.post("/v1/files", files={"file": b"{}"}, data={"purpose": "batch"}).json()[
+            "id"
+        ]
+        fine = {"input_file_id": good, "endpoint": CHAT, "completion_window": "24h"}
+        bodies = [json.dumps(fine | {name: f"{odd}"}) for name in fine for odd in ODD]
+        bodies += [json.dumps(fine | {"metadata": {odd: odd}}) for odd in ODD]
+        bodies += [json.dumps(fine | {"metadata": odd}) for odd in ([], 5, "x", {"a": 1})]
+        bodies += ["null", "5", "", "{", "[]"]
+        for body in bodies:
+            raw = body.replace("\\\\", "\\").encode()  # what JSON escapes, and Python does not have
+            answer = client.post("/v1/batches", content=raw)
+            assert answer.status_code in (200, 400, 404), (raw, answer.text)
+            if answer.status_code != 200:
+                assert answer.json()["error"]["message"]
+        for odd in ("%00", "%ff", "..%2f..%2fx", "a b", "%F0%9F%98%80", "x" * 5000):
+            for path in (f"/v1/files/{odd}", f"/v1/files/{odd}/content", f"/v1/batches/{odd}"):
+                assert client.get(path).status_code == 404
+            for query in ("after", "limit", "purpose", "order"):
+                for listed in ("files", "batches"):
+                    answer = client.get(f"/v1/{listed}?{query}={odd}")
+                    assert answer.status_code in (200, 400), (query, odd, answer.text)
+            form = {"purpose": "batch", odd: odd}
+            answer = client.post("/v1/files", files={"file": (odd, b"{}")}, data=form)
+            assert answer.status_code in (200, 400), answer.text
+            answer = client.post("/v1/files", files={"file": b""}, data={"purpose": odd})
+            assert answer.status_code == 400
+        assert client.get("/v1/batches?limit=100").status_code == 200
+        assert client.get("/v1/files").status_code == 200
+
+
+def test_a_flag_of_the_service_switches_it_on(tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    for given, store in (("s3://b/phi4/", "s3://b/phi4/"), ("files", f"{tmp_path}/files")):
+        arguments = parser().parse_args(["--recipe", "fake", "--batches", given])
+        batches = configuration(arguments).batches
+        assert batches is not None
+        assert (batches.store, batches.max_file_mib, batches.max_file_rows) == (store, 200, 50_000)
+    assert configuration(parser().parse_args(["--recipe", "fake"])).batches is None

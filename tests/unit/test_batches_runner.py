@@ -1,0 +1,181 @@
+"""The Batch API's runner: several batches and tenants, dying engines, failing stores, sweeping."""
+
+import time
+from typing import Any
+
+import openai
+import pytest
+
+from phi4ray.batches.records import new_file_id
+from phi4ray.batches.store import Key, Store
+from tests.batch_service import (
+    Clock,
+    client_of,
+    counts,
+    create,
+    ended,
+    expected,
+    keys,
+    line,
+    listening,
+    rows_of,
+    running,
+    service,
+    texts_of,
+    upload,
+    wait,
+)
+
+SLOW = {"latency_s": 0.2}
+
+
+def test_an_engine_that_dies_is_started_again(tmp_path: Any) -> None:
+    # Each engine answers forty rows: a shard is ten.
+    config = service(str(tmp_path), {"die_after": 40}, batches={"shard_rows": 10})
+    with listening(config) as url, running(config):
+        client = client_of(url)
+        batch = ended(client, create(client, upload(client, *map(line, range(100)))).id)
+        assert batch.status == "completed"
+        assert texts_of(rows_of(client, batch.output_file_id)) == expected(*range(100))
+
+
+def test_several_batches_run_at_once_and_no_more_than_so_many(tmp_path: Any) -> None:
+    config = service(str(tmp_path), SLOW, batches={"max_concurrent_batches": 2})
+    with listening(config) as url, running(config) as runner:
+        client = client_of(url)
+        ids = [create(client, upload(client, *map(line, range(20)))).id for _ in range(5)]
+        most = 0
+        while any(client.batches.retrieve(one).status != "completed" for one in ids):
+            most = max(most, runner.answering())
+            time.sleep(0.01)
+        assert most == 2
+
+
+def test_expired_files_are_gone_and_then_swept(tmp_path: Any) -> None:
+    clock = Clock()
+    config = service(str(tmp_path))
+    store = Store(str(tmp_path))
+    with listening(config, clock) as url, running(config, clock) as runner:
+        client = client_of(url)
+        short = client.files.create(
+            file=b"{}", purpose="batch", expires_after={"anchor": "created_at", "seconds": 3600}
+        )
+        assert short.expires_at == short.created_at + 3600
+        file_id = upload(client, line(1))
+        batch = ended(
+            client,
+            create(
+                client, file_id, output_expires_after={"anchor": "created_at", "seconds": 7200}
+            ).id,
+        )
+        clock.forward_s = 3601
+        with pytest.raises(openai.NotFoundError):
+            client.files.retrieve(short.id)
+        assert {one.id for one in client.files.list()} == {file_id, batch.output_file_id}
+        clock.forward_s = 7300
+        assert [one.id for one in client.files.list()] == [file_id]
+        runner.sweep()
+        assert [record.id for _, record in store.all_files()] == [file_id]
+        assert store.contents() == [("everyone", file_id)]
+        assert list(store.storage.list(store.uri("answers/"))) == []
+
+
+def test_an_upload_that_never_became_a_file_is_swept(tmp_path: Any) -> None:
+    clock = Clock()
+    config = service(str(tmp_path))
+    store = Store(str(tmp_path))
+    young = store.content_name("everyone", new_file_id(clock()))
+    store.storage.write(store.uri(young), b"")
+    with running(config, clock) as runner:
+        runner.sweep()
+        assert len(store.contents()) == 1
+        clock.forward_s = 25 * 3600
+        runner.sweep()
+        assert store.contents() == []
+
+
+def test_two_runners_at_once_do_no_harm(tmp_path: Any) -> None:
+    config = service(str(tmp_path), {"latency_s": 0.02}, batches={"shard_rows": 5})
+    with listening(config) as url, running(config), running(config):
+        client = client_of(url)
+        ids = [create(client, upload(client, *map(line, range(60)))).id for _ in range(3)]
+        for one in ids:
+            batch = ended(client, one)
+            assert batch.status == "completed"
+            answers = rows_of(client, batch.output_file_id)
+            assert len(answers) == 60
+            assert texts_of(answers) == expected(*range(60))
+
+
+def test_a_batch_outlives_a_change_of_the_engine_and_not_one_of_the_model(tmp_path: Any) -> None:
+    root = str(tmp_path)
+    held = service(root, {"latency_s": 60}, batches={"shard_rows": 2})
+    store = Store(root)
+
+    def planned(batch: Any) -> bool:
+        return any(store.storage.list(store.answers(Key("everyone", batch.id))))
+
+    with listening(held) as url:
+        client = client_of(url)
+        ids = [create(client, upload(client, *map(line, range(5)))).id for _ in range(3)]
+        with running(held):
+            for one in ids:
+                wait(client, one, planned)
+        client.batches.cancel(ids[1])
+        with running(service(root, engine={"max_model_len": 1000}, batches={"shard_rows": 7})):
+            batch = ended(client, ids[0])
+            assert (batch.status, counts(batch)) == ("completed", (5, 5, 0))
+            assert ended(client, ids[1]).status == "cancelled"
+            ended(client, ids[2])
+
+        another = create(client, upload(client, line(1))).id
+        with running(held):
+            wait(client, another, planned)
+        with running(service(root, engine={"served_model_name": "other"})):
+            batch = ended(client, another)
+        assert batch.status == "failed"
+        assert batch.errors is not None
+        assert [error.code for error in batch.errors.data or ()] == ["model_not_found"]
+
+
+def test_a_broken_record_holds_nobody_else_up(tmp_path: Any) -> None:
+    config = service(str(tmp_path))
+    store = Store(str(tmp_path))
+    with listening(config) as url:
+        client = client_of(url)
+        broken, whole = (create(client, upload(client, line(1))).id for _ in range(2))
+        store.storage.write(store.uri(f"requests/everyone/{broken}.json"), b"{")
+        with running(config):
+            assert ended(client, whole).status == "completed"
+        with pytest.raises(openai.InternalServerError, match="no record"):
+            client.batches.retrieve(broken)
+        assert Key("everyone", broken) in store.open_batches()
+
+
+def test_a_store_that_fails_for_a_while_costs_only_time(tmp_path: Any) -> None:
+    config = service(f"{tmp_path}/store")
+    with listening(config) as url:
+        client = client_of(url)
+        batch_id = create(client, upload(client, line(1))).id
+        states = tmp_path / "store" / "states"
+        states.write_text("a file where a folder should be")
+        with running(config):
+            time.sleep(0.3)
+            states.unlink()
+            assert ended(client, batch_id).status == "completed"
+
+
+def test_one_tenants_long_queue_is_not_before_anothers_batch(tmp_path: Any) -> None:
+    config = service(
+        f"{tmp_path}/store", {"latency_s": 0.1}, gate=keys(tmp_path),
+        batches={"max_concurrent_batches": 2}, engine={"max_num_seqs": 10},
+    )  # fmt: skip
+    with listening(config) as url:
+        many, one = client_of(url, "one"), client_of(url, "two")
+        file_id = upload(many, *map(line, range(20)))
+        queue = [create(many, file_id).id for _ in range(6)]
+        last = create(one, upload(one, line(1))).id
+        with running(config):
+            ended(one, last)
+            assert many.batches.retrieve(queue[-1]).status == "in_progress"
+            assert all(ended(many, batch_id).status == "completed" for batch_id in queue)
