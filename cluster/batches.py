@@ -6,6 +6,7 @@ from collections.abc import Callable
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
+from cluster.harvest import ServeExecutor, job_board
 from phi4ray.batch.executor import InProcessExecutor
 from phi4ray.batches.executors import Executors
 from phi4ray.batches.runner import Runner
@@ -17,9 +18,10 @@ ExecutorsOf = Callable[[ServeConfig], Executors]
 """Makes, in the runner's process, what makes the executor of each batch."""
 
 
-def in_process(config: ServeConfig) -> Executors:
-    """Executors with an engine of their own, in the runner's process: for engines without GPU."""
-    return lambda stopped: InProcessExecutor(stopped=stopped)
+def on_service(config: ServeConfig) -> Executors:
+    """Executors on the application's own replicas, in what online traffic leaves."""
+    job_board(config.name)  # no replica may have started one yet
+    return lambda stopped: ServeExecutor(config.name, InProcessExecutor(), stopped)
 
 
 class BatchRunner:
@@ -49,7 +51,7 @@ class BatchRunner:
             self._runner.close()
 
 
-def batch_runner(config: ServeConfig, executors_of: ExecutorsOf = in_process) -> serve.Application:
+def batch_runner(config: ServeConfig, executors_of: ExecutorsOf = on_service) -> serve.Application:
     """Bind the one runner of an application whose Batch API is on."""
     return serve.deployment(
         BatchRunner,

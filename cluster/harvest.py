@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ray
-from rich.console import Console
 
-from cluster.batch import RayExecutor
-from phi4ray.batch.executor import TICK_S, shards_in_flight
+from phi4ray.batch.executor import TICK_S, Executor, shards_in_flight
 from phi4ray.batch.jobtable import Job, JobTable, News, Orders, Report
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import Plan
 from phi4ray.batch.worker import WorkerStats
+from phi4ray.batches.executors import stopped_executor
 from phi4ray.config import BatchConfig, EngineConfig
 from phi4ray.errors import ClusterError
+from phi4ray.protocol import RowError
 from phi4ray.serve.shards import ShardHost
 
 T = TypeVar("T")
@@ -59,6 +59,10 @@ class JobBoard:
         """See `JobTable.forget`."""
         self._table.forget(name)
 
+    def stop(self, name: str, error: RowError) -> None:
+        """See `JobTable.stop`."""
+        self._table.stop(name, error)
+
     def exchange(self, report: Report) -> Orders:
         """See `JobTable.exchange`."""
         return self._table.exchange(report, time.monotonic())
@@ -68,14 +72,19 @@ def _board_name(application: str) -> str:
     return f"phi4ray-jobs-{application}"
 
 
-async def host_shards(application: str, host: ShardHost) -> None:
-    """Exchange with the application's board for as long as this replica lives."""
-    board = (
+def job_board(application: str) -> Any:
+    """The application's board; started if it does not run."""
+    return (
         ray.remote(JobBoard)
         .options(name=_board_name(application), get_if_exists=True, num_cpus=0, max_restarts=-1,
                  lifetime="detached", namespace=NAMESPACE)
         .remote()
     )  # fmt: skip
+
+
+async def host_shards(application: str, host: ShardHost) -> None:
+    """Exchange with the application's board for as long as this replica lives."""
+    board = job_board(application)
     while True:
         report = host.report()
         try:
@@ -95,13 +104,22 @@ async def host_shards(application: str, host: ShardHost) -> None:
 class ServeExecutor:
     """A `phi4ray.batch.executor.Executor` on the replicas of a running application.
 
+    `tasks` is what `map` runs on. `stopped` is asked at each tick: from when it gives an error,
+    that is what every row without an answer gets, see `ShardWorker.stop`.
+
     Raises:
         ClusterError: no such application runs on the cluster that this process is connected to.
     """
 
-    def __init__(self, application: str, console: Console) -> None:
+    def __init__(
+        self,
+        application: str,
+        tasks: Executor,
+        stopped: Callable[[], RowError | None] = lambda: None,
+    ) -> None:
         self._application = application
-        self._tasks = RayExecutor(console)
+        self._tasks = tasks
+        self._stopped = stopped
         self._stats: Mapping[str, WorkerStats] = {}
         try:
             self._board = ray.get_actor(_board_name(application), NAMESPACE)
@@ -143,14 +161,15 @@ class ServeExecutor:
         name = f"{plan.plan_id}-{uuid.uuid4().hex[:8]}"
         job = Job(name, config, plan.plan_id, lanes, config.weight, config.priority)
         todo = dict.fromkeys(pending)
-        self._submit(job, list(todo))
+        self._ask("submit", job, list(todo))
         seen = 0
+        stopping: RowError | None = None
         try:
             while todo:
                 news: News | None = self._ask("poll", name, seen)
                 if news is None:  # it was restarted
-                    self._submit(job, list(todo))
-                    seen = 0
+                    self._ask("submit", job, list(todo))
+                    seen, stopping = 0, None
                     continue
                 self._stats = news.stats
                 for receipt in news.receipts:
@@ -159,15 +178,19 @@ class ServeExecutor:
                         yield receipt
                 if news.failure is not None:
                     raise news.failure
+                if stopping is None:
+                    if stopping := self._stopped():
+                        self._ask("stop", name, stopping)
+                elif not news.leased:
+                    # What no replica has begun needs none.
+                    yield from stopped_executor(stopping).run_shards(config, plan, list(todo))
+                    return
                 if todo:
                     yield None
                     time.sleep(TICK_S / 2)
         finally:
             self._stats = {}
             self._ask("forget", name)
-
-    def _submit(self, job: Job, pending: Sequence[int]) -> None:
-        self._ask("submit", job, pending)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         """Call the board, through its restarts."""

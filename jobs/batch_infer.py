@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with connected():
             executor: Executor = RayExecutor(console)
             if arguments.serve:
-                executor = on_service = ServeExecutor(arguments.serve, console)
+                executor = on_service = ServeExecutor(arguments.serve, executor)
                 config = config.model_copy(update={"engine": on_service.engine()})
             if arguments.dry_run:
                 plan = obtain_plan(config, executor, dry_run=True)

@@ -17,6 +17,7 @@ from phi4ray.batch.parts import Receipt
 from phi4ray.batch.worker import WorkerStats
 from phi4ray.config import BatchConfig, EngineConfig
 from phi4ray.errors import EngineDeadError, Phi4rayError
+from phi4ray.protocol import RowError
 
 SILENT_S = 5.0
 """A replica that has not been heard of for so long is gone."""
@@ -69,20 +70,26 @@ class Report:
 class Orders:
     """What a replica is told: jobs that are new to it, what to begin, and what is worth nothing.
 
-    Of a job that is not in `live` everything is to be dropped.
+    Of a job that is not in `live` everything is to be dropped; of one in `stop` every row that is
+    not answered yet gets that error, see `phi4ray.batch.worker.ShardWorker.stop`.
     """
 
     live: frozenset[str]
     new: tuple[Job, ...] = ()
     begin: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     drop: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    stop: Mapping[str, RowError] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """What a driver is told: the receipts that it has not seen, and what replicas do now."""
+    """What a driver is told: the receipts that it has not seen, and what replicas do now.
+
+    `leased` counts the shards that replicas work on.
+    """
 
     receipts: tuple[Receipt, ...]
+    leased: int
     stats: Mapping[str, WorkerStats]
     failure: Phi4rayError | None
 
@@ -99,6 +106,7 @@ class _Entry:
     seen: int = 0
     stats: dict[str, WorkerStats] = field(default_factory=dict)
     failure: Phi4rayError | None = None
+    stop: RowError | None = None
 
 
 class JobTable:
@@ -125,7 +133,12 @@ class JobTable:
         # What was received need not be kept.
         del entry.receipts[: seen - entry.seen]
         entry.seen = seen
-        return News(tuple(entry.receipts), dict(entry.stats), entry.failure)
+        return News(tuple(entry.receipts), len(entry.leases), dict(entry.stats), entry.failure)
+
+    def stop(self, name: str, error: RowError) -> None:
+        """Have the shards in hand ended with this error for what is left; begin no other."""
+        if entry := self._jobs.get(name):
+            entry.stop = error
 
     def forget(self, name: str) -> None:
         """Drop a job; replicas stop working on it at their next exchange."""
@@ -154,7 +167,7 @@ class JobTable:
                 drop[name] = useless
             # Of a job that is new to it a replica wants one shard to begin with.
             wanted = report.wanted.get(name, 0 if name in report.stats else 1)
-            if entry.failure is None and wanted:
+            if entry.failure is None and entry.stop is None and wanted:
                 begin[name] = tuple(_take(entry, report.replica, wanted, now_s))
         fresh = now_s - self._started_s < GRACE_S
         return Orders(
@@ -162,6 +175,7 @@ class JobTable:
             new=tuple(e.job for name, e in self._jobs.items() if name not in report.stats),
             begin=begin,
             drop=drop,
+            stop={name: e.stop for name, e in self._jobs.items() if e.stop is not None},
         )
 
     def _forget_the_silent(self, now_s: float) -> None:

@@ -116,6 +116,9 @@ class ShardHost:
         for name, shards in orders.drop.items():
             for shard in shards & self._jobs[name].lanes.keys():
                 self._jobs[name].lanes.pop(shard).cancel()
+        for name, error in orders.stop.items():
+            if (ready := _ready(self._jobs[name])) is not None:
+                ready.stop(error)
         for name, begun in orders.begin.items():
             running = self._jobs[name]
             for shard in begun:
@@ -177,8 +180,13 @@ class ShardHost:
         leaving.add_done_callback(self._leaving.discard)
 
 
-def _stats(running: _Running) -> WorkerStats:
+def _ready(running: _Running) -> ShardWorker | None:
     worker = running.worker
     if worker.done() and not worker.cancelled() and worker.exception() is None:
-        return worker.result().stats()
-    return WorkerStats()
+        return worker.result()
+    return None
+
+
+def _stats(running: _Running) -> WorkerStats:
+    worker = _ready(running)
+    return worker.stats() if worker else WorkerStats()

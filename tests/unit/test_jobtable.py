@@ -21,6 +21,7 @@ from phi4ray.batch.parts import Receipt, make_receipt
 from phi4ray.batch.worker import Done, WorkerStats
 from phi4ray.config import BatchConfig, EngineConfig
 from phi4ray.errors import EngineDeadError, InputError, Phi4rayError
+from phi4ray.protocol import RowError
 
 ENGINE = EngineConfig(kind="fake", model="m")
 CONFIG = BatchConfig(input=("in/",), output="out", engine=ENGINE)
@@ -174,6 +175,23 @@ def test_a_restarted_table_learns_what_replicas_have_in_hand() -> None:
     b = Replica(after, "b")
     assert b.exchange(200.4).begin == {"job": (2,)}
     assert b.exchange(200.5, wanted=3).begin == {"job": ()}
+
+
+def test_a_job_that_is_stopped_has_what_is_in_hand_ended_and_begins_nothing() -> None:
+    found = table(0, 1)
+    a = Replica(found, "a")
+    a.exchange(100)
+    error = RowError("batch_expired", "too late")
+    found.stop("job", error)
+    orders = a.exchange(100, wanted=1)
+    assert (orders.begin, orders.stop) == ({}, {"job": error})
+    news = found.poll("job", 0, 100)
+    assert news is not None
+    assert news.leased == 1
+    a.exchange(100, finished=(("job", 0),))
+    news = found.poll("job", 0, 100)
+    assert news is not None
+    assert (news.leased, len(news.receipts)) == (0, 1)
 
 
 def test_the_first_failure_of_a_replica_fails_the_job_and_stops_it() -> None:

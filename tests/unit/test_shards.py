@@ -19,9 +19,9 @@ from phi4ray.batch.plan import Plan
 from phi4ray.batch.run import run_batch
 from phi4ray.batch.worker import WorkerStats
 from phi4ray.config import BatchConfig, Endpoint, EngineConfig
-from phi4ray.errors import InputError, PlanMismatchError
+from phi4ray.errors import IncompleteOutputError, InputError, PlanMismatchError
 from phi4ray.fake import FakeReplica, fake_text
-from phi4ray.protocol import Answer, Json
+from phi4ray.protocol import Answer, Json, RowError
 from phi4ray.serve.admission import Admission, AdmissionConfig
 from phi4ray.serve.harvest import Harvest
 from phi4ray.serve.shards import BATCH_PRIORITY, ShardHost
@@ -82,6 +82,7 @@ class Fleet:
     def __init__(self, scenario: Callable[["Fleet"], Any]) -> None:
         self.table = JobTable(time.monotonic() - 100)
         self.replicas: list[Replica] = []
+        self.closed = False
         self._made = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -113,7 +114,7 @@ class Fleet:
         todo = set(pending)
         seen = 0
         self.table.submit(found, sorted(todo), time.monotonic())
-        while todo:
+        while todo and not self.closed:
             news = self.table.poll(found.name, seen, time.monotonic())
             if news is None:
                 self.table.submit(found, sorted(todo), time.monotonic())
@@ -293,6 +294,36 @@ def test_two_jobs_share_the_replicas(tmp_path: Path, fleet: Callable[..., Fleet]
     assert thread.is_alive()  # the small one came last and was done first
     thread.join(60)
     assert len(answers(large)) == 2000
+
+
+def test_a_job_that_is_stopped_keeps_the_rows_that_are_answered(
+    tmp_path: Path, fleet: Callable[..., Fleet]
+) -> None:
+    async def scenario(on: Fleet) -> None:
+        replica = on.start(latency_s=0.02)
+        while len(replica.engine.bodies) < 50:
+            await asyncio.sleep(0.01)
+        (name,) = replica._host._jobs
+        on.table.stop(name, RowError("batch_cancelled", "cancelled"))
+        while (news := on.table.poll(name, 0, time.monotonic())) and news.leased:
+            await asyncio.sleep(0.01)
+        on.closed = True
+
+    def run() -> None:
+        with pytest.raises(IncompleteOutputError):
+            finish(config, on)
+
+    config = planned(tmp_path, 1000)
+    on = fleet(scenario)
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    on._scenario.result(60)
+    thread.join(60)
+    rows = answers(config)
+    codes = {row["error_code"] for row in rows}
+    assert codes == {None, "batch_cancelled"}
+    assert 20 < len(rows) < 1000
+    assert len(rows) % 5 == 0  # whole shards
 
 
 def test_an_error_of_a_shard_fails_the_job_with_its_own_type(
