@@ -35,7 +35,8 @@ from jobs.flags import (
 from phi4ray.config import EngineConfig, validated
 from phi4ray.errors import ConfigError, Phi4rayError
 from phi4ray.recipes import find_recipe
-from phi4ray.train.evaluate import EvaluateConfig, evaluate, render
+from phi4ray.train.evaluate import EvaluateConfig, evaluate
+from phi4ray.train.tables import render
 
 EXIT_CODES = """\
 exit codes: 0 measured, and within the bound if compared, 3 the loss is above the bound,

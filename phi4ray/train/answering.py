@@ -1,6 +1,7 @@
 """Who answers an evaluation's requests: a batch job of ours, or an OpenAI endpoint.
 
-An `Answerer` takes requests and gives the OpenAI responses in their order. A request that stays
+An `Answerer` takes requests and gives what `read` makes of each OpenAI response, in their order:
+responses with the log-probabilities of long prompts would fill the memory. A request that stays
 without an answer is an error: a score over the rest would be another benchmark's.
 """
 
@@ -8,6 +9,7 @@ import asyncio
 import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 import httpx
 from pydantic_core import from_json, to_json
@@ -29,10 +31,22 @@ from phi4ray.errors import EngineError, PreconditionError
 from phi4ray.protocol import Json
 from phi4ray.storage import join, storage_for
 
-Answerer = Callable[[Sequence[Request]], list[Json]]
+T = TypeVar("T")
 
 ATTEMPTS = 6
 RETRIED = (408, 429, 500, 502, 503, 504)
+
+
+class Answerer(Protocol):
+    """Gives `read(position, response)` for each request."""
+
+    def __call__(self, requests: Sequence[Request], read: Callable[[int, Json], T]) -> list[T]:
+        """Answer all requests.
+
+        Raises:
+            EngineError: one of them has no answer.
+        """
+        ...
 
 
 class BatchAnswerer:
@@ -47,8 +61,8 @@ class BatchAnswerer:
         self.engine, self._folder = engine, folder
         self._executor, self._console = executor, console
 
-    def __call__(self, requests: Sequence[Request]) -> list[Json]:
-        """Answer all requests.
+    def __call__(self, requests: Sequence[Request], read: Callable[[int, Json], T]) -> list[T]:
+        """See `Answerer`.
 
         Raises:
             EngineError: one of them has no answer.
@@ -67,7 +81,7 @@ class BatchAnswerer:
         run_batch(config, self._executor, self._console)
         uri = join(config.output, PLAN_NAME)
         plan = read_plan(storage_for(uri).read(uri), uri)
-        answers: dict[int, Json] = {}
+        found: dict[int, T] = {}
         for shard in plan.shards:
             for row in results_of(read_part(config.output, plan, shard.index)):
                 if row.error_code is not None or row.response is None:
@@ -75,8 +89,8 @@ class BatchAnswerer:
                         f"request {row.id} of {rows} has no answer: {row.error_code}: "
                         f"{row.error_message}"
                     )
-                answers[int(row.id)] = from_json(row.response)
-        return [answers[at] for at in range(len(requests))]
+                found[int(row.id)] = read(int(row.id), from_json(row.response))
+        return [found[at] for at in range(len(requests))]
 
 
 class EndpointAnswerer:
@@ -89,24 +103,24 @@ class EndpointAnswerer:
         self._headers = {"authorization": f"Bearer {api_key}"}
         self._concurrency = concurrency
 
-    def __call__(self, requests: Sequence[Request]) -> list[Json]:
-        """Answer all requests.
+    def __call__(self, requests: Sequence[Request], read: Callable[[int, Json], T]) -> list[T]:
+        """See `Answerer`.
 
         Raises:
             EngineError: the server refuses one, or fails it again and again.
         """
-        return asyncio.run(self._answer(requests))
+        return asyncio.run(self._answer(requests, read))
 
-    async def _answer(self, requests: Sequence[Request]) -> list[Json]:
+    async def _answer(self, requests: Sequence[Request], read: Callable[[int, Json], T]) -> list[T]:
         limits = httpx.Limits(max_connections=self._concurrency)
         async with httpx.AsyncClient(timeout=None, limits=limits, headers=self._headers) as client:
             gate = asyncio.Semaphore(self._concurrency)
 
-            async def one(request: Request) -> Json:
+            async def one(at: int, request: Request) -> T:
                 async with gate:
-                    return await self._ask(client, request)
+                    return read(at, await self._ask(client, request))
 
-            return list(await asyncio.gather(*map(one, requests)))
+            return list(await asyncio.gather(*map(one, range(len(requests)), requests)))
 
     async def _ask(self, client: httpx.AsyncClient, request: Request) -> Json:
         body = {**request.body, "model": self._model}

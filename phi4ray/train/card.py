@@ -1,10 +1,13 @@
 """The model card of a quantized checkpoint: how it was made and what was measured. Pure."""
 
 import json
+import re
+from typing import Any
 
 from phi4ray.models import find_model
 from phi4ray.train.scheme import QuantizeConfig, Quantized
-from phi4ray.train.scores import Report, comparison_table, score_table, verdict_line
+from phi4ray.train.scores import Report
+from phi4ray.train.tables import comparison_table, score_table, verdict_line
 
 HOW = {
     "gptq-4bit": "Weights of 4 bits, symmetric, in groups of {group_size} inputs; rounded by "
@@ -20,15 +23,14 @@ HOW = {
 def model_card(config: QuantizeConfig, result: Quantized, report: Report | None) -> str:
     """The card as Markdown, headed by the metadata that the hub reads."""
     entry = find_model(config.model)
-    # A name on the hub; a bucket or a folder of one machine means nothing to who reads the card.
-    base = entry.hub_id if entry else config.model
-    head = {
-        "base_model": base,
-        "base_model_relation": "quantized",
+    base = entry.hub_id if entry else public_name(config.model)
+    head: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["phi4ray", "vllm", config.scheme],
     }
+    if "/" in base:
+        head |= {"base_model": base, "base_model_relation": "quantized"}
     if entry:
         head["license"] = entry.license.lower()
     parts = [
@@ -54,10 +56,8 @@ def model_card(config: QuantizeConfig, result: Quantized, report: Report | None)
         return "\n\n".join([*parts, "Nothing yet."]) + "\n"
     parts.append(score_table(report))
     if report.against is not None:
-        parts += [
-            comparison_table(report),
-            verdict_line(report)[:1].upper() + verdict_line(report)[1:] + ".",
-        ]
+        line = verdict_line(report)
+        parts += [comparison_table(report), f"{line[:1].upper()}{line[1:]}."]
     return "\n\n".join([*parts, _list(dict(report.settings))]) + "\n"
 
 
@@ -78,15 +78,24 @@ def calibration(config: QuantizeConfig, result: Quantized) -> str:
     """What the model was calibrated on."""
     if not config.needs_calibration:
         return "none"
-    source = ", ".join(config.calibration) or f"{config.calibration_dataset} of the hub"
+    names = ", ".join(map(public_name, config.calibration))
+    source = names or f"{config.calibration_dataset} of the hub"
     return (
         f"{result.calibration_samples:,} samples, {result.calibration_tokens:,} tokens, of {source}"
     )
 
 
 def arguments(config: QuantizeConfig) -> str:
-    """The configuration as JSON, without what is of one machine."""
-    return config.model_dump_json(indent=2, exclude={"output", "python", "measured"})
+    """The settings that decide the result, as JSON."""
+    places = {"model", "output", "calibration", "python", "measured"}
+    return config.model_dump_json(indent=2, exclude=places)
+
+
+def public_name(place: str) -> str:
+    """A hub name as it is, of any other place the last part: the rest is of its owner's machine."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", place) and not place.startswith("."):
+        return place
+    return place.rstrip("/").rpartition("/")[2]
 
 
 def _list(items: dict[str, str]) -> str:

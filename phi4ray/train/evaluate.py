@@ -22,15 +22,9 @@ from phi4ray.errors import ConfigError
 from phi4ray.models import shape_of
 from phi4ray.storage import join, storage_for
 from phi4ray.train.answering import Answerer, BatchAnswerer, EndpointAnswerer
-from phi4ray.train.scores import (
-    Measured,
-    Report,
-    Score,
-    compare_samples,
-    comparison_table,
-    score_table,
-    verdict_line,
-)
+from phi4ray.train.results import samples_of, scores_of
+from phi4ray.train.scores import Measured, Report, Score, compare_samples
+from phi4ray.train.tables import render
 from phi4ray.train.tasks import runs_of
 
 REPORT_JSON, REPORT_MARKDOWN = "report.json", "report.md"
@@ -155,16 +149,6 @@ def read_report(uri: str) -> Report:
     return validated(Report, load_yaml(storage_for(uri).read(uri).decode(), uri))
 
 
-def render(report: Report) -> str:
-    """The report as Markdown: scores side by side, comparisons, verdict, settings."""
-    parts = [score_table(report)]
-    if report.against is not None:
-        parts.append(f"Base: {report.base.model}\nAgainst: {report.against.model}")
-        parts += [comparison_table(report), verdict_line(report)]
-    parts.append("\n".join(f"* {name}: {text}" for name, text in report.settings.items()))
-    return "\n\n".join(parts) + "\n"
-
-
 def _measure(
     config: EvaluateConfig, engine: EngineConfig, answer: Answerer
 ) -> tuple[Measured, dict[str, dict[str, float]], dict[str, bool]]:
@@ -193,9 +177,9 @@ def _measure(
                 seed=config.seed,
                 run_code=config.confirm_run_unsafe_code,
             )
-            scores += harness.scores_of(results)
+            scores += scores_of(results)
             for task in tasks:
-                found, directions = harness.samples_of(results, task)
+                found, directions = samples_of(results, task)
                 samples |= found
                 better |= directions
                 counts[task] = max(map(len, found.values()), default=0)

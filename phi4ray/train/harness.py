@@ -21,7 +21,6 @@ from phi4ray.batch.rows import Request
 from phi4ray.errors import ConfigError
 from phi4ray.protocol import Json
 from phi4ray.train.answering import Answerer
-from phi4ray.train.scores import Score
 from phi4ray.train.tasks import FILE_BASES, TaskSet, write_file_task
 
 VERSION = version("lm_eval")
@@ -69,7 +68,7 @@ class RequestModel(TemplateLM):
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """What the model writes up to a stop sequence, which is cut off."""
         asked = [self._generation(*request.args) for request in requests]
-        return [answer["choices"][0]["text"] for answer in self._answer(asked)]
+        return self._answer(asked, lambda _, answer: str(answer["choices"][0]["text"]))
 
     def _generation(self, context: str, settings: Mapping[str, Any]) -> Request:
         given = dict(settings)
@@ -77,7 +76,10 @@ class RequestModel(TemplateLM):
         stop = handle_stop_sequences(given.pop("until", None), eos=None)
         sampled = given.pop("do_sample", given.get("temperature", 0) > 0)
         temperature = given.pop("temperature", 1.0) if sampled else 0.0
-        prompt = self.tok_encode(context)[-(self.max_length - limit) :]
+        prompt = self.tok_encode(context)
+        # A prompt is cut, from its beginning, only where the answer would have under half of all.
+        limit = min(limit, max(self.max_length - len(prompt), self.max_length // 2))
+        prompt = prompt[-(self.max_length - limit) :]
         body: Json = {
             **given,
             "prompt": prompt,
@@ -91,22 +93,35 @@ class RequestModel(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, and whether greedy decoding would write it."""
-        asked, lengths = [], []
-        for _text, context, continuation in requests:
-            # One token must be generated, and must have room.
-            prompt = (context + continuation)[-(self.max_length - 1) :]
-            asked.append(
-                Request(
-                    "/v1/completions",
-                    {"prompt": prompt, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0},
-                )
-            )
-            lengths.append(min(len(continuation), len(prompt) - 1))
-        answers = self._answer(asked)
-        return [
-            likelihood(answer["choices"][0]["prompt_logprobs"], request.body["prompt"], length)
-            for answer, request, length in zip(answers, asked, lengths, strict=True)
-        ]
+        asked = [self._likelihood(context, scored) for _text, context, scored in requests]
+        lengths = [len(scored) for _text, _context, scored in requests]
+
+        def read(at: int, answer: Json) -> tuple[float, bool]:
+            choice, body = answer["choices"][0], asked[at].body
+            if "allowed_token_ids" in body:
+                return forced_likelihood(choice["logprobs"]["top_logprobs"][0], body)
+            return prompt_likelihood(choice["prompt_logprobs"], body["prompt"], lengths[at])
+
+        return self._answer(asked, read)
+
+    def _likelihood(self, context: list[int], scored: list[int]) -> Request:
+        """The request that tells the log-probability of `scored` after `context`.
+
+        A single token, such as a choice's letter, is generated and not given: then choices share
+        their context in the prefix cache, and the answer does not grow with it.
+        """
+        body: Json = {"max_tokens": 1, "temperature": 0.0}
+        if len(scored) == 1:
+            body |= {
+                "prompt": context[-(self.max_length - 1) :],
+                "allowed_token_ids": scored,
+                "logprobs": 1,
+                "return_tokens_as_token_ids": True,
+            }
+        else:  # one token must be generated, and must have room
+            prompt = (context + scored)[-(self.max_length - 1) :]
+            body |= {"prompt": prompt, "prompt_logprobs": 0}
+        return Request("/v1/completions", body)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Log-probability of whole texts, each token seen with as much before it as fits."""
@@ -128,14 +143,25 @@ class RequestModel(TemplateLM):
         return totals
 
 
-def likelihood(
+def forced_likelihood(top_logprobs: Mapping[str, float], body: Json) -> tuple[float, bool]:
+    """Log-probability of the one token that was allowed, and whether it would come by itself.
+
+    `top_logprobs` has it and the likeliest, as `token_id:N`, before any was ruled out.
+    """
+    (token,) = body["allowed_token_ids"]
+    found = top_logprobs[f"token_id:{token}"]
+    return found, found >= max(top_logprobs.values())
+
+
+def prompt_likelihood(
     prompt_logprobs: Sequence[Mapping[Any, Any] | None], prompt: Sequence[int], count: int
 ) -> tuple[float, bool]:
     """Sum of the last `count` prompt tokens' log-probabilities, and whether each ranks first.
 
-    `prompt_logprobs` is vLLM's: for each token, its own id's entry with `logprob` and `rank`.
+    `prompt_logprobs` is vLLM's: for each token but the first, its own id's entry.
     """
     total, greedy = 0.0, True
+    count = min(count, len(prompt) - 1)
     for entries, token in zip(prompt_logprobs[-count:], prompt[-count:], strict=True):
         # The ids are numbers in process, and text in JSON.
         entry = {int(key): value for key, value in (entries or {}).items()}[token]
@@ -206,53 +232,3 @@ def _spec(manager: TaskManager, folder: Path, task: str, data: Path | None) -> s
     if not definition:
         raise ConfigError(f"task {task!r} is a program and not a definition: it takes no --data")
     return str(write_file_task(folder, task, Path(definition), data))
-
-
-def scores_of(results: Json) -> list[Score]:
-    """lm-eval's results as the lines of its table."""
-    found = []
-    for task, values in results["results"].items():
-        better = results.get("higher_is_better", {}).get(task, {})
-        for key in sorted(values):
-            metric, comma, name = key.partition(",")
-            value = values[key]
-            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            stderr = values.get(f"{metric}_stderr,{name}")
-            found.append(
-                Score(
-                    task=str(values.get("alias", task)),
-                    version=str(results["versions"].get(task, "")),
-                    filter=name,
-                    n_shot=str(results["n-shot"].get(task, "")),
-                    metric=metric,
-                    higher_is_better=better.get(metric),
-                    value=float(value),
-                    stderr=float(stderr) if isinstance(stderr, int | float) else None,
-                )
-            )
-    return found
-
-
-def samples_of(results: Json, task: str) -> tuple[dict[str, dict[str, float]], dict[str, bool]]:
-    """Scores of each document of a task or of a group's tasks, by `task,metric,filter`.
-
-    The second tells of each whether higher is better. Metrics of several numbers are left out.
-    """
-    found: dict[str, dict[str, float]] = {}
-    better: dict[str, bool] = {}
-    for leaf in _leaves(results, task):
-        for sample in results["samples"].get(leaf, ()):
-            for metric in sample["metrics"]:
-                value = sample[metric]
-                if not isinstance(value, int | float):
-                    continue
-                key = f"{task},{metric},{sample['filter']}"
-                found.setdefault(key, {})[f"{leaf}#{sample['doc_id']}"] = float(value)
-                better[key] = results["higher_is_better"].get(leaf, {}).get(metric) is not False
-    return found, better
-
-
-def _leaves(results: Json, task: str) -> list[str]:
-    below = results.get("group_subtasks", {}).get(task) or ()
-    return [leaf for member in below for leaf in _leaves(results, member)] or [task]

@@ -62,6 +62,7 @@ def file_task(task: str, definition: Path, data: Path) -> dict[str, Any]:
     return {
         "include": str(definition),
         "task": task,
+        "task_alias": task,
         "description": "",
         "dataset_path": "parquet" if data.suffix == ".parquet" else "json",
         "dataset_name": None,

@@ -3,16 +3,8 @@
 import pytest
 
 from phi4ray.errors import InputError
-from phi4ray.train.scores import (
-    Measured,
-    Report,
-    Score,
-    compare_samples,
-    comparison_table,
-    markdown_table,
-    score_table,
-    verdict_line,
-)
+from phi4ray.train.scores import Measured, Report, Score, compare_samples
+from phi4ray.train.tables import comparison_table, markdown_table, score_table, verdict_line
 
 
 def measured(model: str, *values: float) -> Measured:
