@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,7 @@ def run_tasks(
     if way.temperature is not None:
         sampling = {"do_sample": True, "temperature": way.temperature}
     with tempfile.TemporaryDirectory(prefix="phi4ray-tasks-") as folder:
-        manager = TaskManager()
+        manager = task_manager()
         specs = [_spec(manager, Path(folder), task, data.get(task)) for task in tasks]
         try:
             manager.load(specs)
@@ -220,6 +221,12 @@ def run_tasks(
             confirm_run_unsafe_code=run_code,
         )
     return results
+
+
+@cache
+def task_manager() -> TaskManager:
+    """lm-eval's index of its tasks, which takes seconds to make: of 14,000 files."""
+    return TaskManager()
 
 
 def _spec(manager: TaskManager, folder: Path, task: str, data: Path | None) -> str:
