@@ -69,6 +69,11 @@ def test_only_training_imports_torch_and_transformers() -> None:
     [
         ("peft", "phi4ray/train/adapters.py"),
         ("accelerate", "phi4ray/train/trainer.py"),
+        ("auto_round", "phi4ray/train/compress.py"),
+        ("compressed_tensors", "phi4ray/train/compress.py"),
+        ("datasets", "phi4ray/train/compress.py"),
+        ("llmcompressor", "phi4ray/train/compress.py"),
+        ("lm_eval", "phi4ray/train/harness.py"),
         ("transformers.Trainer", "phi4ray/train/trainer.py"),
         ("ray.train", "cluster/train.py"),
     ],
@@ -78,12 +83,22 @@ def test_a_training_library_has_one_importer(package: str, module: str) -> None:
 
 
 def test_what_imports_them_is_imported_only_where_it_is_used() -> None:
-    drivers = ("phi4ray.train.finetune", "phi4ray.cli")
-    heavy = "{'torch', 'transformers', 'peft', 'accelerate', 'vllm'}"
+    drivers = (
+        "phi4ray.train.finetune",
+        "phi4ray.train.quantize",
+        "phi4ray.train.evaluate",
+        "phi4ray.cli",
+    )
+    heavy = "{'torch', 'transformers', 'peft', 'accelerate', 'vllm', 'lm_eval', 'datasets'}"
     for driver in drivers:
         code = f"import sys, {driver}; print({heavy} & sys.modules.keys())"
         run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         assert run.stdout == "set()\n", (driver, run.stderr)
+
+
+def test_what_runs_in_the_quantizers_environment_imports_nothing_of_ours() -> None:
+    names = set(imported_names(parse("phi4ray/train/compress.py")))
+    assert not {name for name in names if name.split(".")[0] in PRODUCT}
 
 
 def test_only_the_cluster_imports_ray() -> None:
