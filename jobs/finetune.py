@@ -34,6 +34,7 @@ FLAGS: Flags = {
     "lr_scheduler_type": str,
     "warmup_fraction": float,
     "weight_decay": float,
+    "adam_beta2": float,
     "epochs": float,
     "max_steps": int,
     "per_device_batch_size": int,
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False)
     try:
         config = configuration(arguments)
-        with connected():
+        with connected(worker_logs=False):  # Ray Train tells of its every step
             summary = finetune(config, RayHost(), console)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
