@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
         action="extend",
         metavar="KEY=VALUE",
         default=[],
-        help="any other of transformers' TrainingArguments, as fsdp=full_shard",
+        help="any other of transformers' TrainingArguments, as fsdp=true",
     )
     add_fields(result, "fine-tune", FLAGS, FinetuneConfig)
     add_fields(result, "LoRA", LORA_FLAGS, LoraSettings)

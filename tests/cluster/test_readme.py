@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import evaluate, finetune, quantize
 from jobs.batch_infer import JOB_FLAGS, configuration, main, parser
 from jobs.flags import ENGINE_FLAGS
 from phi4ray.batch.parts import COLUMNS
@@ -27,21 +28,25 @@ def blocks(language: str = "") -> list[str]:
     return [re.sub(rf"^{indent}", "", body, flags=re.MULTILINE) for indent, body in found]
 
 
-def commands() -> list[list[str]]:
-    """The arguments of every batch_infer.py that the README calls."""
+def commands(job: str = "jobs/batch_infer.py") -> list[list[str]]:
+    """The arguments of every call of a job in the README."""
     joined = "\n".join(blocks()).replace("\\\n", " ")
-    lines = [line for line in joined.splitlines() if "jobs/batch_infer.py" in line]
-    return [shlex.split(line.split("jobs/batch_infer.py", 1)[1]) for line in lines]
+    lines = [line for line in joined.splitlines() if job in line]
+    return [shlex.split(line.split(job, 1)[1]) for line in lines]
 
 
 def test_its_commands_are_what_the_program_takes() -> None:
     assert len(commands()) == 2
     for arguments in commands():
         configuration(parser().parse_args(arguments))
+    [tuning] = commands("jobs/finetune.py")
+    finetune.configuration(finetune.parser().parse_args(tuning))
 
 
 def test_its_flags_exist() -> None:
-    known = set(parser().format_help().split()) | {"--gpu-hour-price", "--config"}
+    known = {"--gpu-hour-price", "--config"}
+    for described in (parser(), finetune.parser(), evaluate.parser(), quantize.parser()):
+        known |= set(described.format_help().split())
     for flag in set(re.findall(r"`(--[a-z-]+)", README)):
         assert flag in known, flag
 

@@ -129,10 +129,18 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
 def test_fsdp_goes_through_to_transformers() -> None:
     config = configured(
         *("--input", "a/", "--output", "b", "--model", "m", "--num-workers", "8"),
-        *("--training-arg", "fsdp=full_shard", "fsdp_config={version: 2}"),
+        *("--training-arg", "fsdp=true", "fsdp_config={version: 2}"),
     )
-    expected: dict[str, Any] = {"fsdp": "full_shard", "fsdp_config": {"version": 2}}
+    expected: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}}
     assert config.training_args == expected
+
+
+def test_fsdp_saves_whole_weights() -> None:
+    with pytest.raises(ConfigError, match="state_dict_type is FULL_STATE_DICT"):
+        configured(
+            *("--input", "a/", "--output", "b", "--model", "m"),
+            *("--training-arg", "fsdp_config={state_dict_type: SHARDED_STATE_DICT}"),
+        )
 
 
 @pytest.mark.parametrize(
