@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = result.add_argument
-    add("--steps", type=int, default=2400, help="optimizer steps [%(default)s]")
+    add("--steps", type=int, default=2200, help="optimizer steps [%(default)s]")
     add("--chats", type=int, default=200_000, help="sums to learn from [%(default)s]")
     add("--trained", type=Path, metavar="FOLDER", help="no training: the model of another circle")
     add("--problems", type=int, default=3000, help="held-out sums for the batch [%(default)s]")
