@@ -121,7 +121,5 @@ def _work(given: Mapping[str, Any]) -> None:
 
 def _cause(error: Any) -> BaseException:
     """The error that a worker raised on purpose, out of those that Ray collected."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        if not isinstance(found := translated(failure), ray.exceptions.RayError):
-            return found
-    return translated(error)
+    failures = [*getattr(error, "worker_failures", {}).values(), error]
+    return translated(failures[0])

@@ -22,6 +22,7 @@ from cluster.train import RayHost
 from jobs.flags import Flags, add_fields, file_layer, pairs
 from phi4ray.config import validated
 from phi4ray.errors import ConfigError, Phi4rayError
+from phi4ray.storage import normal
 from phi4ray.train.config import FinetuneConfig, LoraSettings
 from phi4ray.train.finetune import finetune
 
@@ -129,8 +130,10 @@ def configuration(arguments: argparse.Namespace) -> FinetuneConfig:
     flags["training_args"] = pairs("--training-arg", arguments.training_arg)
     config = validated(FinetuneConfig, file_layer(arguments.config), flags)
     # Workers have another folder.
-    model = Path(config.model)
-    return config.model_copy(update={"model": str(model.resolve())}) if model.is_dir() else config
+    update = {"output": normal(config.output)}
+    if (model := Path(config.model)).is_dir():
+        update["model"] = str(model.resolve())
+    return config.model_copy(update=update)
 
 
 if __name__ == "__main__":

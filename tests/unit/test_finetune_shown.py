@@ -126,6 +126,16 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     ).gradient_checkpointing
 
 
+def test_places_on_this_machine_are_named_in_full(tmp_path: Path) -> None:
+    config = configured("--input", "a/", "--output", "b", "--model", "phi4ray")
+    assert (config.output, config.model) == (
+        str(Path("b").resolve()),
+        str(Path("phi4ray").resolve()),
+    )
+    config = configured("--input", "a/", "--output", "s3://b/c/", "--model", "microsoft/phi-4")
+    assert (config.output, config.model) == ("s3://b/c/", "microsoft/phi-4")
+
+
 def test_fsdp_goes_through_to_transformers() -> None:
     config = configured(
         *("--input", "a/", "--output", "b", "--model", "m", "--num-workers", "8"),
