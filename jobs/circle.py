@@ -152,9 +152,9 @@ def evaluate(console: Console, problems: Sequence[Sum]) -> list[Row]:
     rows = []
     for name, measured in (("as trained", report.base), ("quantized", report.against)):
         if measured is not None:
-            shares = [one.value for one in measured.scores if one.metric == "exact_match"]
-            found = f"{shares[0]:.2%} exact match of {len(problems):,}" if shares[0] else "none"
-            rows.append((f"evaluate, {name}", found, measured.seconds))
+            share = next(one.value for one in measured.scores if one.metric == "exact_match")
+            result = f"{share or 0:.2%} exact match of {len(problems):,}"
+            rows.append((f"evaluate, {name}", result, measured.seconds))
     for one in report.comparisons:
         text = f"{one.difference:+.2f} points ({one.low:+.2f} to {one.high:+.2f}): {one.verdict}"
         rows.append(("the difference", text, seconds))
