@@ -1,6 +1,5 @@
 """The fine-tune on Ray: Ray Train hosts the workers, one a GPU, and replaces lost ones."""
 
-import logging
 import os
 import queue
 import tempfile
@@ -61,7 +60,6 @@ class RayHost:
 
     def train(self, config: FinetuneConfig) -> Iterator[Point | None]:
         """See `phi4ray.train.host.Host.train`."""
-        logging.getLogger("ray.train").setLevel(logging.ERROR)  # it tells of its every step
         board = ray.remote(num_cpus=0)(Board).remote()
         ended: queue.SimpleQueue[Point] = queue.SimpleQueue()
         trainer = _trainer(config, board)
@@ -123,7 +121,5 @@ def _work(given: Mapping[str, Any]) -> None:
 
 def _cause(error: Any) -> BaseException:
     """The error that a worker raised on purpose, out of those that Ray collected."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        if not isinstance(found := translated(failure), ray.exceptions.RayError):
-            return found
-    return translated(error)
+    failures = [*getattr(error, "worker_failures", {}).values(), error]
+    return translated(failures[0])

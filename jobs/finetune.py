@@ -22,6 +22,7 @@ from cluster.train import RayHost
 from jobs.flags import Flags, add_fields, file_layer, pairs
 from phi4ray.config import validated
 from phi4ray.errors import ConfigError, Phi4rayError
+from phi4ray.storage import normal
 from phi4ray.train.config import FinetuneConfig, LoraSettings
 from phi4ray.train.finetune import finetune
 
@@ -34,6 +35,7 @@ FLAGS: Flags = {
     "lr_scheduler_type": str,
     "warmup_fraction": float,
     "weight_decay": float,
+    "adam_beta2": float,
     "epochs": float,
     "max_steps": int,
     "per_device_batch_size": int,
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False)
     try:
         config = configuration(arguments)
-        with connected():
+        with connected(worker_logs=False):  # Ray Train tells of its every step
             summary = finetune(config, RayHost(), console)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -108,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
         action="extend",
         metavar="KEY=VALUE",
         default=[],
-        help="any other of transformers' TrainingArguments, as fsdp=full_shard",
+        help="any other of transformers' TrainingArguments, as fsdp=true",
     )
     add_fields(result, "fine-tune", FLAGS, FinetuneConfig)
     add_fields(result, "LoRA", LORA_FLAGS, LoraSettings)
@@ -128,8 +130,10 @@ def configuration(arguments: argparse.Namespace) -> FinetuneConfig:
     flags["training_args"] = pairs("--training-arg", arguments.training_arg)
     config = validated(FinetuneConfig, file_layer(arguments.config), flags)
     # Workers have another folder.
-    model = Path(config.model)
-    return config.model_copy(update={"model": str(model.resolve())}) if model.is_dir() else config
+    update = {"output": normal(config.output)}
+    if (model := Path(config.model)).is_dir():
+        update["model"] = str(model.resolve())
+    return config.model_copy(update=update)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from phi4ray.errors import ObjectNotFoundError
 from phi4ray.storage import copy_tree, join, storage_for, upload_tree
 
 FOLDER = "_checkpoints/"
@@ -62,7 +63,10 @@ def checkpoints(output: str) -> list[Checkpoint]:
         if COMPLETE not in sizes:
             continue
         uri = _uri(output, step)
-        listed = json.loads(storage_for(uri).read(join(uri, COMPLETE)))
+        try:
+            listed = json.loads(storage_for(uri).read(join(uri, COMPLETE)))
+        except ObjectNotFoundError:  # the run goes on, and has deleted it since the listing
+            continue
         if listed.items() <= sizes.items():
             whole.append(Checkpoint(step, uri))
     return whole

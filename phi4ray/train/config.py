@@ -74,8 +74,14 @@ class FinetuneConfig(Config):
     def _check(self) -> "FinetuneConfig":
         if taken := sorted(OWN_ARGUMENTS & self.training_args.keys()):
             raise ValueError(f"training_args cannot set {', '.join(taken)}: a field of ours does")
+        fsdp = self.training_args.get("fsdp_config") or {}
+        if isinstance(fsdp, Mapping) and fsdp.get("state_dict_type", WHOLE) != WHOLE:
+            raise ValueError(f"fsdp_config.state_dict_type is {WHOLE}: the model is made of it")
         return self
 
+
+WHOLE = "FULL_STATE_DICT"
+"""FSDP's way to save weights that are no shards."""
 
 OWN_ARGUMENTS = frozenset(
     {

@@ -13,6 +13,7 @@
 """
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -69,7 +70,7 @@ def finetune(config: FinetuneConfig, host: Host, console: Console) -> FinetuneSu
         with Progress(console) as progress:
             for point in host.train(config):
                 if point is not None:
-                    progress.update(point)
+                    progress.update(point, time.monotonic())
     return _finish(config, plan)
 
 

@@ -1,6 +1,5 @@
 """Showing how a fine-tune goes: one live line in a terminal, plain lines elsewhere."""
 
-import time
 from collections import deque
 from datetime import timedelta
 from types import TracebackType
@@ -46,9 +45,11 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, point: Point) -> None:
-        """Take the newest point; shown at once in a terminal, else when its line is due."""
-        now = time.monotonic()
+    def update(self, point: Point, now: float) -> None:
+        """Take the newest point; shown at once in a terminal, else when its line is due.
+
+        `now` is in seconds, on any clock that does not go back.
+        """
         if self._recent and point.step < self._recent[-1][1].step:
             self._recent.clear()  # a lost worker was replaced, and began at its last checkpoint
         self._recent.append((now, point))

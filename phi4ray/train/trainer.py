@@ -118,6 +118,7 @@ def training_arguments(config: FinetuneConfig, folder: Path) -> TrainingArgument
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
         **config.training_args,
     }
     if config.gradient_checkpointing:

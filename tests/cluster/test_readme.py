@@ -10,7 +10,7 @@ from typing import get_args
 
 import pytest
 
-from jobs import evaluate, quantize
+from jobs import evaluate, finetune, quantize
 from jobs.batch_infer import JOB_FLAGS, configuration, main, parser
 from jobs.flags import ENGINE_FLAGS
 from phi4ray.batch.parts import COLUMNS
@@ -30,25 +30,27 @@ def blocks(language: str = "") -> list[str]:
     return [re.sub(rf"^{indent}", "", body, flags=re.MULTILINE) for indent, body in found]
 
 
-def commands(program: str = "batch_infer") -> list[list[str]]:
-    """The arguments of every such job that the README calls."""
+def commands(job: str = "jobs/batch_infer.py") -> list[list[str]]:
+    """The arguments of every call of a job in the README."""
     joined = "\n".join(blocks()).replace("\\\n", " ")
-    lines = [line for line in joined.splitlines() if f"jobs/{program}.py" in line]
-    return [shlex.split(line.split(f"jobs/{program}.py", 1)[1]) for line in lines]
+    lines = [line for line in joined.splitlines() if job in line]
+    return [shlex.split(line.split(job, 1)[1]) for line in lines]
 
 
 def test_its_commands_are_what_the_program_takes() -> None:
     assert len(commands()) == 2
     for arguments in commands():
         configuration(parser().parse_args(arguments))
+    [tuning] = commands("jobs/finetune.py")
+    finetune.configuration(finetune.parser().parse_args(tuning))
 
 
 def test_its_quantizations_and_evaluations_are_what_those_programs_take() -> None:
-    (arguments,) = commands("quantize")
+    (arguments,) = commands("jobs/quantize.py")
     assert quantize.configuration(quantize.parser().parse_args(arguments)).scheme == "gptq-4bit"
     batch, online = (
         evaluate.configuration(evaluate.parser().parse_args(arguments))
-        for arguments in commands("evaluate")
+        for arguments in commands("jobs/evaluate.py")
     )
     assert batch.against is not None
     assert batch.bound_points == 0.5
@@ -61,9 +63,9 @@ def test_its_schemes_are_all_there_are() -> None:
 
 
 def test_its_flags_exist() -> None:
-    parsers = (parser(), quantize.parser(), evaluate.parser())
-    known = {word for one in parsers for word in one.format_help().split()}
-    known |= {"--gpu-hour-price", "--config"}
+    known = {"--gpu-hour-price", "--config"}
+    for described in (parser(), finetune.parser(), evaluate.parser(), quantize.parser()):
+        known |= set(described.format_help().split())
     for flag in set(re.findall(r"`(--[a-z-]+)", README)):
         assert flag in known, flag
 

@@ -1,5 +1,6 @@
 """A checkpoint is whole or not there, on every kind of store."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,30 @@ def test_only_the_newest_are_kept_and_nothing_half(prefix: str, folder: Path) ->
     assert [found.step for found in checkpoints(prefix)] == [15, 20]
     uris = [item.uri for item in storage_for(prefix).list(join(prefix, "_checkpoints"))]
     assert {uri.split("/step-")[1][:8] for uri in uris} == {"00000015", "00000020"}
+
+
+def test_looking_for_one_while_a_run_goes_on_finds_one(prefix: str, folder: Path) -> None:
+    upload(prefix, 1, folder)
+    seal(prefix, 1)
+
+    def go_on() -> None:
+        for step in range(2, 30):
+            upload(prefix, step, folder)
+            seal(prefix, step)
+            prune(prefix, 2)
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(go_on)
+        seen = [1]
+        while not running.done():
+            # It may be that all that were listed are gone by now, but not that an older one is new.
+            if found := last_checkpoint(prefix):
+                assert found.step >= seen[-1]
+                seen.append(found.step)
+        running.result()
+    found = last_checkpoint(prefix)
+    assert found is not None
+    assert found.step == 29
 
 
 def test_what_several_workers_write_makes_one(prefix: str, folder: Path, tmp_path: Path) -> None:
