@@ -220,7 +220,11 @@ def run_tasks(
             bootstrap_iters=1000,
             confirm_run_unsafe_code=run_code,
         )
-    return results
+    # Groups have their members in the results, tags have not.
+    members = {
+        task: sorted(manager.task_index[task].tags) for task in tasks if task in manager.all_tags
+    }
+    return results | {"group_subtasks": results.get("group_subtasks", {}) | members}
 
 
 @cache
@@ -235,7 +239,8 @@ def _spec(manager: TaskManager, folder: Path, task: str, data: Path | None) -> s
         raise ConfigError(f"lm-eval has no task {task!r}: see `lm_eval ls tasks`")
     if data is None:
         return task
-    definition = known[FILE_BASES.get(task, task)].yaml_path
-    if not definition:
-        raise ConfigError(f"task {task!r} is a program and not a definition: it takes no --data")
+    member = FILE_BASES.get(task, task)
+    definition = known[member].yaml_path
+    if member not in manager.all_subtasks or definition is None:
+        raise ConfigError(f"{task!r} is no single task: name one of its members with --data")
     return str(write_file_task(folder, task, Path(definition), data))

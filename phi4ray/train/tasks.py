@@ -37,8 +37,8 @@ TASK_SETS: Mapping[str, TaskSet] = {
 """Any other name is lm-eval's own.
 
 `simple-evals` are lm-eval's editions of the benchmarks that Phi-4's report (arXiv:2412.08905, table
-1) takes from OpenAI's simple-evals at temperature 0.5, but SimpleQA, whose answers another model
-must grade: https://github.com/openai/simple-evals.
+1) takes from OpenAI's simple-evals at temperature 0.5, MGSM in English; but SimpleQA, whose answers
+another model must grade: https://github.com/openai/simple-evals.
 """
 
 FILE_BASES: Mapping[str, str] = {

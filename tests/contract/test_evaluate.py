@@ -12,6 +12,7 @@ import pytest
 
 from phi4ray.batch.executor import InProcessExecutor
 from phi4ray.config import EngineConfig
+from phi4ray.errors import ConfigError
 from phi4ray.train.answering import BatchAnswerer
 from phi4ray.train.evaluate import EvaluateConfig, Report, evaluate, read_report
 from phi4ray.train.tiny import make_tiny_model
@@ -172,11 +173,11 @@ def endpoint(tiny: Path) -> Iterator[str]:
     thread.join()
 
 
-def gsm8k(tiny: Path, data: dict[str, str], output: Path, **changed: Any) -> EvaluateConfig:
+def gsm8k(tiny: Path, files: dict[str, str], output: Path, **changed: Any) -> EvaluateConfig:
     values = {
         "engine": fake(tiny),
         "tasks": ("gsm8k",),
-        "data": {"gsm8k": data["gsm8k"]},
+        "data": {"gsm8k": files["gsm8k"]},
         "num_fewshot": 1,
         "output": str(output),
     }
@@ -219,3 +220,25 @@ def test_a_second_run_takes_the_answers_of_the_first(
 def test_intervals_are_finite(tiny: Path, data: dict[str, str], tmp_path: Path) -> None:
     report = evaluate(gsm8k(tiny, data, tmp_path, against="other"))
     assert all(map(math.isfinite, (c for one in report.comparisons for c in (one.low, one.high))))
+
+
+def test_every_named_task_is_one_of_lm_evals() -> None:
+    from phi4ray.train.harness import task_manager
+    from phi4ray.train.tasks import FILE_BASES, TASK_SETS
+
+    known = task_manager().task_index
+    for found in TASK_SETS.values():
+        assert set(found.tasks) <= known.keys()
+    for task, member in FILE_BASES.items():
+        assert task in known
+        assert known[member].yaml_path is not None
+
+
+def test_a_task_that_lm_eval_lacks_and_data_for_a_program_are_refused(
+    tiny: Path, data: dict[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="lm-eval has no task 'gsm9k'"):
+        evaluate(gsm8k(tiny, data, tmp_path, tasks=("gsm9k",), data={}))
+    tags = {"tasks": ("mgsm_direct",), "data": {"mgsm_direct": data["gsm8k"]}}
+    with pytest.raises(ConfigError, match="is no single task"):
+        evaluate(gsm8k(tiny, data, tmp_path, **tags))
