@@ -2,6 +2,10 @@
 
     python jobs/quantize.py --scheme fp8-dynamic \\
         --model microsoft/phi-4 --output s3://bucket/phi-4-fp8/
+    python jobs/quantize.py --output s3://bucket/phi-4-fp8/ \\
+        --measured s3://bucket/evaluation/report.json
+
+The second puts what jobs/evaluate.py found into the card of what the first one made.
 
 The tools run in an environment of their own, because their pins clash with vLLM's: it is made once
 and kept, or --python names one. Endpoint and credentials of the object store come from the usual
@@ -22,7 +26,7 @@ from jobs.flags import Flags, add_fields, file_layer
 from phi4ray.config import validated
 from phi4ray.errors import ConfigError, Phi4rayError
 from phi4ray.gpus import GIB
-from phi4ray.train.quantize import quantize
+from phi4ray.train.quantize import quantize, tell
 from phi4ray.train.scheme import QuantizeConfig, Scheme
 
 EXIT_CODES = "exit codes: 0 the checkpoint is written, 1 failed, 2 bad arguments"
@@ -40,7 +44,6 @@ FLAGS: Flags = {
     "num_samples": int,
     "max_seq_length": int,
     "seed": int,
-    "measured": str,
     "python": str,
 }
 
@@ -50,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False)
     try:
+        if arguments.measured is not None:
+            tell(card_only(arguments), arguments.measured)
+            return 0
         result = quantize(configuration(arguments), console)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -89,8 +95,27 @@ def parser() -> argparse.ArgumentParser:
         metavar="URI",
         help="files and globs of rows with messages, prompt or text; s3:// too",
     )
+    add(
+        "--measured",
+        default=None,
+        metavar="URI",
+        help="report.json of an evaluation: only puts it into the card at --output",
+    )
     add_fields(result, "quantization", FLAGS, QuantizeConfig)
     return result
+
+
+def card_only(arguments: argparse.Namespace) -> str:
+    """The output whose card is to be written anew.
+
+    Raises:
+        ConfigError: --output is missing, or there are flags that would have no effect.
+    """
+    given = vars(arguments).keys() & {*FLAGS, "scheme", "calibration"}
+    if given != {"output"} or arguments.config is not None:
+        raise ConfigError("--measured goes with --output alone: it only writes the card anew")
+    output: str = arguments.output
+    return output
 
 
 def configuration(arguments: argparse.Namespace) -> QuantizeConfig:

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from phi4ray.models import find_model
-from phi4ray.train.scheme import QuantizeConfig, Quantized
+from phi4ray.train.scheme import QuantizeConfig, Quantized, Record
 from phi4ray.train.scores import Report
 from phi4ray.train.tables import comparison_table, score_table, verdict_line
 
@@ -20,10 +20,25 @@ HOW = {
 }
 
 
-def model_card(config: QuantizeConfig, result: Quantized, report: Report | None) -> str:
-    """The card as Markdown, headed by the metadata that the hub reads."""
+def record_of(config: QuantizeConfig, result: Quantized) -> Record:
+    """The record of a quantization, without what is of one machine."""
     entry = find_model(config.model)
-    base = entry.hub_id if entry else public_name(config.model)
+    public = {
+        "model": entry.hub_id if entry else public_name(config.model),
+        "calibration": tuple(map(public_name, config.calibration)),
+        "output": public_name(config.output),
+        "python": None,
+    }
+    return Record(
+        config=config.model_copy(update=public),
+        result=result.model_copy(update={"output": public["output"]}),
+    )
+
+
+def model_card(record: Record, report: Report | None) -> str:
+    """The card as Markdown, headed by the metadata that the hub reads."""
+    config, result = record.config, record.result
+    entry, base = find_model(config.model), config.model
     head: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -78,8 +93,7 @@ def calibration(config: QuantizeConfig, result: Quantized) -> str:
     """What the model was calibrated on."""
     if not config.needs_calibration:
         return "none"
-    names = ", ".join(map(public_name, config.calibration))
-    source = names or f"{config.calibration_dataset} of the hub"
+    source = ", ".join(config.calibration) or f"{config.calibration_dataset} of the hub"
     return (
         f"{result.calibration_samples:,} samples, {result.calibration_tokens:,} tokens, of {source}"
     )
@@ -87,7 +101,7 @@ def calibration(config: QuantizeConfig, result: Quantized) -> str:
 
 def arguments(config: QuantizeConfig) -> str:
     """The settings that decide the result, as JSON."""
-    places = {"model", "output", "calibration", "python", "measured"}
+    places = {"model", "output", "calibration", "python"}
     return config.model_dump_json(indent=2, exclude=places)
 
 

@@ -3,7 +3,7 @@
     model, calibration rows → AutoRound or llm-compressor, in their environment → output
 
 The work itself is `phi4ray.train.compress`. What a model loses is measured by
-`phi4ray.train.evaluate`, whose report the card may tell.
+`phi4ray.train.evaluate`; `tell` puts its report into the card.
 """
 
 import json
@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from phi4ray.config import load_yaml, validated
 from phi4ray.engines import on_this_machine
 from phi4ray.errors import ConfigError, ObjectNotFoundError, QuantizationError
 from phi4ray.models import shape_of, weight_scheme
@@ -23,18 +24,18 @@ from phi4ray.shapes import ModelShape
 from phi4ray.storage import join, storage_for, upload_tree
 from phi4ray.train import compress
 from phi4ray.train.calibration import read_samples
-from phi4ray.train.card import model_card
+from phi4ray.train.card import model_card, record_of
 from phi4ray.train.environment import quantize_python
 from phi4ray.train.evaluate import read_report
-from phi4ray.train.scheme import GROUPED, QuantizeConfig, Quantized
+from phi4ray.train.scheme import GROUPED, QuantizeConfig, Quantized, Record
 
 __all__ = ["QuantizeConfig", "Quantized", "quantize"]
 
-CARD = "README.md"
+CARD, RECORD = "README.md", "quantized.json"
 
 
 def quantize(config: QuantizeConfig, console: Console | None = None) -> Quantized:
-    """Quantize a model and write it with its card; `config.json` comes last but for the card.
+    """Quantize a model and write it with its card; `config.json` comes last.
 
     Raises:
         ConfigError: the settings do not fit the model, or the output holds a model already.
@@ -45,7 +46,6 @@ def quantize(config: QuantizeConfig, console: Console | None = None) -> Quantize
     console = console or Console(quiet=True)
     began = time.monotonic()
     check_output(config.output)
-    report = read_report(config.measured) if config.measured else None
     model = on_this_machine(config.model)
     check_model(config, model)
     with tempfile.TemporaryDirectory(prefix="phi4ray-quantize-") as name:
@@ -64,16 +64,32 @@ def quantize(config: QuantizeConfig, console: Console | None = None) -> Quantize
             seconds=time.monotonic() - began,
             **outcome,
         )
-        (made / CARD).write_text(model_card(config, result, report), encoding="utf-8")
+        record = record_of(config, result)
+        (made / RECORD).write_text(record.model_dump_json(indent=2), encoding="utf-8")
+        (made / CARD).write_text(model_card(record, None), encoding="utf-8")
         _publish(made, config.output)
     return result
 
 
+def tell(output: str, report: str) -> None:
+    """Put an evaluation's `report.json` into the card of a checkpoint that `quantize` wrote.
+
+    Raises:
+        ConfigError: the folder is no such checkpoint, or the report none.
+        StorageError: one of them cannot be read, or the card not written.
+    """
+    uri = join(output, RECORD)
+    try:
+        text = storage_for(uri).read(uri).decode()
+    except ObjectNotFoundError as error:
+        raise ConfigError(f"{output} is no checkpoint that jobs/quantize.py wrote") from error
+    card = model_card(validated(Record, load_yaml(text, uri)), read_report(report))
+    storage_for(uri).write(join(output, CARD), card.encode())
+
+
 def job_of(config: QuantizeConfig, model: str, made: Path, samples: Path) -> dict[str, Any]:
     """What `phi4ray.train.compress` is told."""
-    job = config.model_dump(
-        exclude={"calibration", "measured", "python", "output", "model"}, mode="json"
-    )
+    job = config.model_dump(exclude={"calibration", "python", "output", "model"}, mode="json")
     return {
         **job,
         "model": model,

@@ -37,7 +37,6 @@ class QuantizeConfig(Config):
         None, description="Store scales for this KV cache; not with gptq-4bit"
     )
     seed: int = 0
-    measured: str | None = Field(None, description="report.json of an evaluation, for the card")
     python: str | None = Field(
         None, description="A Python that has auto-round and llmcompressor; None: one is made"
     )
@@ -70,3 +69,10 @@ class Quantized(Config):
     calibration_tokens: int
     versions: Mapping[str, str]
     seconds: float
+
+
+class Record(Config):
+    """What a quantized checkpoint's folder keeps of its making: enough to write its card anew."""
+
+    config: QuantizeConfig
+    result: Quantized

@@ -46,8 +46,11 @@ def test_its_commands_are_what_the_program_takes() -> None:
 
 
 def test_its_quantizations_and_evaluations_are_what_those_programs_take() -> None:
-    (arguments,) = commands("jobs/quantize.py")
-    assert quantize.configuration(quantize.parser().parse_args(arguments)).scheme == "gptq-4bit"
+    making, telling = (
+        quantize.parser().parse_args(arguments) for arguments in commands("jobs/quantize.py")
+    )
+    assert quantize.configuration(making).scheme == "gptq-4bit"
+    assert quantize.card_only(telling) == "s3://bucket/phi-4-gptq-4bit/"
     batch, online = (
         evaluate.configuration(evaluate.parser().parse_args(arguments))
         for arguments in commands("jobs/evaluate.py")

@@ -1,6 +1,7 @@
 """Quantizing: what is refused before anything starts, what the tool is told, what the card says."""
 
 import json
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -13,9 +14,16 @@ from phi4ray.config import validated
 from phi4ray.errors import ConfigError, QuantizationError
 from phi4ray.models import find_model
 from phi4ray.storage import join, storage_for
-from phi4ray.train.card import model_card
+from phi4ray.train.card import model_card, record_of
 from phi4ray.train.environment import PYTHON, REQUIREMENTS, quantize_python
-from phi4ray.train.quantize import check_model, job_of, largest_group, layer_inputs, quantize
+from phi4ray.train.quantize import (
+    RECORD,
+    check_model,
+    job_of,
+    largest_group,
+    layer_inputs,
+    quantize,
+)
 from phi4ray.train.scheme import QuantizeConfig, Quantized
 from phi4ray.train.scores import Measured, Report, Score, compare_samples
 from phi4ray.train.tiny import make_tiny_model
@@ -136,7 +144,8 @@ def test_a_python_may_be_named_by_flag_or_variable(monkeypatch: pytest.MonkeyPat
 
 def card(report: Report | None = None, **changed: object) -> tuple[dict[str, object], str]:
     """A card's metadata and its text."""
-    _, head, text = model_card(config(**changed), RESULT, report).split("---\n", 2)
+    record = record_of(config(**changed), RESULT)
+    _, head, text = model_card(record, report).split("---\n", 2)
     return yaml.safe_load(head), text
 
 
@@ -175,7 +184,7 @@ def test_a_card_tells_of_kv_scales_and_of_what_was_left_out() -> None:
     assert "SmoothQuant" not in card(scheme="w8a8", smoothing_strength=0.0)[1]
 
 
-def test_a_card_has_the_evaluations_table_and_verdict() -> None:
+def evaluation() -> Report:
     score = Score(
         task="gsm8k",
         version="3.0",
@@ -188,7 +197,7 @@ def test_a_card_has_the_evaluations_table_and_verdict() -> None:
     )
     one = Measured(model="phi-4", scores=(score,), samples={"gsm8k": 4000}, seconds=1.0)
     scores = {"gsm8k,exact_match,strict-match": {str(i): 1.0 for i in range(4000)}}
-    report = Report(
+    return Report(
         base=one,
         against=one,
         comparisons=compare_samples(scores, scores, {}, bound_points=0.5, confidence=0.95),
@@ -196,10 +205,36 @@ def test_a_card_has_the_evaluations_table_and_verdict() -> None:
         confidence=0.95,
         settings={"lm-eval": "0.4.13"},
     )
-    text = card(report)[1]
+
+
+def test_an_evaluations_table_and_verdict_come_into_the_card_later(prefix: str) -> None:
+    record = record_of(config(model="/models/tuned"), RESULT)
+    for name, text in (
+        (RECORD, record.model_dump_json()),
+        ("report.json", evaluation().model_dump_json()),
+    ):
+        storage_for(prefix).write(join(prefix, name), text.encode())
+    assert main(["--output", prefix, "--measured", join(prefix, "report.json")]) == 0
+    text = storage_for(prefix).read(join(prefix, "README.md")).decode()
+    assert "# tuned, w4a16" in text
     assert "|0.9300|±  |0.0256| 0.9300|±  |0.0256|" in text
     assert "Pass: the loss is below 0.5 points on every task." in text
     assert "lm-eval: 0.4.13" in text
+
+
+def test_a_record_names_no_place_of_its_makers_machine() -> None:
+    made = config(model="/m/tuned", calibration=["/c/a.jsonl"], output="/o/small", python="/p/py")
+    text = record_of(made, RESULT.model_copy(update={"output": "/o/small"})).model_dump_json()
+    assert not re.findall(r'"/[^"]*"', text)
+
+
+def test_a_report_for_another_folder_or_with_other_flags_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--output", str(tmp_path), "--measured", "report.json"]) == 2
+    assert "no checkpoint that jobs/quantize.py wrote" in capsys.readouterr().err
+    assert main(["--output", str(tmp_path), "--measured", "r.json", "--scheme", "w8a8"]) == 2
+    assert "--measured goes with --output alone" in capsys.readouterr().err
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
@@ -223,5 +258,5 @@ def test_help_tells_of_every_flag_and_exit_code(capsys: pytest.CaptureFixture[st
         parser().parse_args(["--help"])
     told = capsys.readouterr().out
     assert "exit codes: 0 the checkpoint is written" in told
-    for name in (*FLAGS, "scheme", "calibration"):
+    for name in (*FLAGS, "scheme", "calibration", "measured"):
         assert f"--{name.replace('_', '-')} " in told
