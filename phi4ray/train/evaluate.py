@@ -225,21 +225,22 @@ def _local(uri: str, folder: Path) -> Path:
 
 
 def _settings(config: EvaluateConfig) -> dict[str, str]:
+    """What decides the figures; names of files without their places: cards are public."""
     from phi4ray.train import harness
 
-    answered = f"endpoint {config.base_url}" if config.base_url else "batch engines"
     told = {
         "lm-eval": harness.VERSION,
-        "tasks": ", ".join(config.tasks),
-        "data": ", ".join(f"{task} from {uri}" for task, uri in config.data.items()) or "hub",
+        "data": ", ".join(
+            f"{task} from {uri.rpartition('/')[2]}" for task, uri in config.data.items()
+        )
+        or "hub",
         "documents": f"first {config.limit} of each task" if config.limit else "all",
         "few-shot": "as the tasks state" if config.num_fewshot is None else str(config.num_fewshot),
-        "chat template": "applied" if config.apply_chat_template else "as the tasks state",
         "seed": str(config.seed),
-        "answered by": answered,
+        "answered by": "an endpoint" if config.base_url else "batch engines",
     }
-    told["temperature"] = ", ".join(
-        f"{'as stated' if way.temperature is None else way.temperature} ({', '.join(tasks)})"
-        for way, tasks in runs_of(config.tasks).items()
-    )
+    for way, tasks in runs_of(config.tasks).items():
+        asked = "in chats" if way.chat or config.apply_chat_template else "without a chat template"
+        heat = "the task's" if way.temperature is None else str(way.temperature)
+        told[", ".join(tasks)] = f"asked {asked}, temperature {heat}"
     return told

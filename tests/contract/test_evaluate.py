@@ -191,7 +191,9 @@ def test_an_endpoint_gives_what_batches_give(
     batch = evaluate(gsm8k(tiny, data, tmp_path / "batch"))
     assert online.base.scores == batch.base.scores
     assert online.base.samples == {"gsm8k": DOCUMENTS}
-    assert endpoint in online.settings["answered by"]
+    assert online.settings["answered by"] == "an endpoint"
+    assert online.settings["gsm8k"] == "asked without a chat template, temperature the task's"
+    assert online.settings["data"] == "gsm8k from gsm8k.jsonl"
     assert online.against is None
     assert online.verdict is None
 
