@@ -16,6 +16,7 @@ from pydantic_core import from_json, to_json
 from rich.console import Console
 from tenacity import (
     AsyncRetrying,
+    RetryCallState,
     retry_if_exception_type,
     stop_after_attempt,
     wait_random_exponential,
@@ -127,14 +128,14 @@ class EndpointAnswerer:
         try:
             async for attempt in AsyncRetrying(
                 stop=stop_after_attempt(ATTEMPTS),
-                wait=wait_random_exponential(max=60),
+                wait=_pause,
                 retry=retry_if_exception_type((httpx.TransportError, _Busy)),
                 reraise=True,
             ):
                 with attempt:
                     reply = await client.post(f"{self._url}{request.endpoint}", json=body)
                     if reply.status_code in RETRIED:
-                        raise _Busy(f"status {reply.status_code}: {reply.text[:500]}")
+                        raise _Busy(reply)
         except (httpx.TransportError, _Busy) as error:
             raise EngineError(f"{self._url} does not answer: {error}") from error
         if reply.status_code != 200:
@@ -146,4 +147,17 @@ class EndpointAnswerer:
 
 
 class _Busy(Exception):
-    pass
+    """The server cannot answer now; `after_s` is when it asked to be asked again."""
+
+    def __init__(self, reply: httpx.Response) -> None:
+        super().__init__(f"status {reply.status_code}: {reply.text[:500]}")
+        stated = reply.headers.get("retry-after", "")
+        self.after_s = float(stated) if stated.isdigit() else 0.0
+
+
+_backoff = wait_random_exponential(max=60)
+
+
+def _pause(state: RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    return max(_backoff(state), error.after_s if isinstance(error, _Busy) else 0.0)

@@ -1,19 +1,25 @@
 """lm-eval over our replicas and endpoints: the same figures either way, and those of the model."""
 
+import asyncio
 import json
 import math
 import random
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
+from rich.console import Console
 
 from phi4ray.batch.executor import InProcessExecutor
+from phi4ray.batch.rows import Request
 from phi4ray.config import EngineConfig
-from phi4ray.errors import ConfigError
-from phi4ray.train.answering import BatchAnswerer
+from phi4ray.errors import ConfigError, EngineError
+from phi4ray.fake import FakeReplica
+from phi4ray.train.answering import BatchAnswerer, EndpointAnswerer
 from phi4ray.train.evaluate import EvaluateConfig, Report, evaluate, read_report
 from phi4ray.train.tiny import make_tiny_model
 
@@ -145,22 +151,14 @@ def test_log_probabilities_are_the_models(tiny: Path, tmp_path: Path) -> None:
     assert [greedy for _, greedy in found[:2]] == [True, True]
 
 
-def quiet() -> Any:
-    from rich.console import Console
-
+def quiet() -> Console:
     return Console(quiet=True)
 
 
-@pytest.fixture
-def endpoint(tiny: Path) -> Iterator[str]:
-    """A fake's OpenAI application behind a real HTTP server."""
-    import asyncio
-
-    import uvicorn
-
-    from phi4ray.fake import FakeReplica
-
-    replica = FakeReplica(fake(tiny))
+@contextmanager
+def serving(config: EngineConfig) -> Iterator[str]:
+    """A fake's OpenAI application behind a real HTTP server; its base_url."""
+    replica = FakeReplica(config)
     asyncio.run(replica.start())
     server = uvicorn.Server(uvicorn.Config(replica.app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
@@ -171,6 +169,35 @@ def endpoint(tiny: Path) -> Iterator[str]:
     yield f"http://127.0.0.1:{port}/v1"
     server.should_exit = True
     thread.join()
+
+
+@pytest.fixture
+def endpoint(tiny: Path) -> Iterator[str]:
+    with serving(fake(tiny)) as url:
+        yield url
+
+
+def test_an_endpoint_that_fails_is_asked_again(tiny: Path) -> None:
+    requests = [Request("/v1/completions", {"prompt": str(i), "max_tokens": 8}) for i in range(5)]
+    flaky = fake(tiny).model_copy(update={"engine_args": {"fail_times": 1}})
+    with serving(flaky) as url:
+        answer = EndpointAnswerer(url, "phi-4", concurrency=2)
+        found = answer(requests, lambda at, body: (at, body["choices"][0]["text"]))
+    assert [at for at, _ in found] == [0, 1, 2, 3, 4]
+    assert len({text for _, text in found}) == 5
+
+
+def test_a_request_that_an_endpoint_or_a_batch_refuses_ends_the_evaluation(
+    tiny: Path, endpoint: str, tmp_path: Path
+) -> None:
+    requests = [Request("/v1/completions", {"prompt": "a", "max_tokens": n}) for n in (1, -1)]
+    answerers = (
+        EndpointAnswerer(endpoint, "phi-4"),
+        BatchAnswerer(fake(tiny), str(tmp_path), InProcessExecutor(), quiet()),
+    )
+    for answer in answerers:
+        with pytest.raises(EngineError, match="max_tokens must be a positive integer"):
+            answer(requests, lambda _, body: body)
 
 
 def gsm8k(tiny: Path, files: dict[str, str], output: Path, **changed: Any) -> EvaluateConfig:
