@@ -84,10 +84,10 @@ def base(tiny: Path) -> list[float]:
 @pytest.mark.parametrize(
     ("scheme", "stored", "closeness"),
     [
-        ("gptq-4bit", "w4a16", 0.7),
-        ("fp8-dynamic", "fp8", 0.95),
-        ("w8a8", "w8a8", 0.95),
-        ("w4a16", "w4a16", 0.7),
+        ("gptq-4bit", "w4a16", 0.6),
+        ("fp8-dynamic", "fp8", 0.85),
+        ("w8a8", "w8a8", 0.85),
+        ("w4a16", "w4a16", 0.6),
     ],
 )
 def test_vllm_answers_with_a_schemes_checkpoint_much_as_with_the_base(
