@@ -10,7 +10,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export VLLM_NO_USAGE_STATS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve test check lint format monitoring clean
+.PHONY: help venv demo circle serve test check lint format monitoring clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ $(READY): pyproject.toml tools/setup.py
 
 demo: $(READY) ## everything on this machine, without a GPU
 	@$(BIN)/python -m jobs.demo
+
+circle: $(READY) ## train, quantize, evaluate, batch and serve a tiny model, with real accuracy
+	@$(BIN)/python -m jobs.circle
 
 serve: $(READY) ## the tiny model with an OpenAI API on this machine, without a GPU
 	@$(BIN)/python -m phi4ray.train.tiny .demo/tiny-phi-4

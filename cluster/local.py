@@ -14,11 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @contextlib.contextmanager
-def connected(*, num_cpus: int | None = None, local: bool = False) -> Iterator[None]:
+def connected(
+    *, num_cpus: int | None = None, local: bool = False, worker_logs: bool = True
+) -> Iterator[None]:
     """Be connected to Ray inside the block.
 
     `RAY_ADDRESS` (which `ray job submit` sets) or a cluster running on this machine is used; where
     there is none, or with `local` or `num_cpus`, one is started here and stopped at the end.
+    Without `worker_logs`, what workers print stays in Ray's log files.
 
     Raises:
         ClusterError: the named cluster cannot be reached.
@@ -31,6 +34,7 @@ def connected(*, num_cpus: int | None = None, local: bool = False) -> Iterator[N
         "runtime_env": runtime_env,
         "logging_level": logging.WARNING,
         "include_dashboard": False,
+        "log_to_driver": worker_logs,
     }
     try:
         if local or num_cpus is not None:

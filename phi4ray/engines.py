@@ -27,11 +27,20 @@ def make_replica(config: EngineConfig) -> OnlineReplica:
         return FakeReplica(config)
     os.environ.update(config.env)
     if config.model.startswith("s3://"):
-        here = {"model": str(download(config.model)), "served_model_name": config.model_name}
+        here = {"model": on_this_machine(config.model), "served_model_name": config.model_name}
         config = config.model_copy(update=here)
     from phi4ray.replica import VllmReplica
 
     return VllmReplica(config)
+
+
+def on_this_machine(model: str) -> str:
+    """A model as libraries load it: the folder of its copy if it is in s3://, else as it is.
+
+    Raises:
+        StorageError: the model's objects cannot be read.
+    """
+    return str(download(model)) if model.startswith("s3://") else model
 
 
 def download(uri: str) -> Path:

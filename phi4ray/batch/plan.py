@@ -9,7 +9,7 @@ write the same bytes.
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from pydantic_core import from_json, to_json
 
@@ -182,13 +182,32 @@ def make_plan(
     )
 
 
+class Sealed(Protocol):
+    """What says which job an output prefix belongs to."""
+
+    @property
+    def plan_id(self) -> str:
+        """Digest of the two others."""
+        ...
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """The settings that decide the output, by their configuration names."""
+        ...
+
+    @property
+    def inputs(self) -> Sequence[Input]:
+        """The input objects, in order."""
+        ...
+
+
 def is_answer(name: str) -> bool:
     """Whether an object with this name under an output prefix holds answers of some plan."""
     return _ANSWERS.fullmatch(name) is not None
 
 
-def check_same_job(plan: Plan, identity: Mapping[str, Any], inputs: Sequence[Input]) -> None:
-    """Refuse to put other answers under a prefix that already belongs to a plan.
+def check_same_job(plan: Sealed, identity: Mapping[str, Any], inputs: Sequence[Input]) -> None:
+    """Refuse to put other results under a prefix that already belongs to a plan.
 
     Raises:
         PlanMismatchError: names every setting and the first inputs that differ.
@@ -214,7 +233,7 @@ def check_same_job(plan: Plan, identity: Mapping[str, Any], inputs: Sequence[Inp
     if differences or changes:
         listed = "\n".join(f"  {line}" for line in differences + changes)
         raise PlanMismatchError(
-            f"the output prefix holds the answers of another job (plan {plan.plan_id}):\n{listed}\n"
+            f"the output prefix belongs to another job (plan {plan.plan_id}):\n{listed}\n"
             "Use a new --output, or restore what differs to resume that job."
         )
 

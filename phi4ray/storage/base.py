@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO, Protocol
 
 
@@ -73,6 +74,10 @@ class Storage(Protocol):
 
         `sha256` is the content's hex digest, kept with the object where the store can.
         """
+        ...
+
+    def write_file(self, uri: str, path: Path) -> None:
+        """Write a file's content to an object, atomically, without holding it in memory."""
         ...
 
     def write_new(self, uri: str, data: bytes, *, sha256: str | None = None) -> None:

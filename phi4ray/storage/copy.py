@@ -1,4 +1,4 @@
-"""Copying a folder of objects to this machine: checkpoints."""
+"""Copying folders of objects to this machine and from it: checkpoints."""
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -60,3 +60,22 @@ def _is_copy(target: Path, note: Path, item: ObjectInfo) -> bool:
         and target.stat().st_size == item.size
         and note.read_text() == item.etag
     )
+
+
+def upload_tree(folder: Path, target: str) -> None:
+    """Write every file below a folder under a prefix, over what has the same name there.
+
+    Each file appears whole; that all of them are there is for the caller to say, by a last one.
+    """
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and ".phi4ray" not in path.relative_to(folder).parts
+    ]
+
+    def upload(path: Path) -> None:
+        uri = join(target, path.relative_to(folder).as_posix())
+        storage_for(uri).write_file(uri, path)
+
+    with ThreadPoolExecutor(STREAMS) as pool:
+        list(pool.map(upload, files))

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -78,6 +79,14 @@ class LocalStorage:
         with translated(path), _written_beside(path, data) as temporary:
             os.replace(temporary, path)
 
+    def write_file(self, uri: str, path: Path) -> None:
+        """See `Storage.write_file`."""
+        target = path_of(uri)
+        with translated(str(path)):
+            source = path.open("rb")
+        with source, translated(target), _written_beside(target, source) as temporary:
+            os.replace(temporary, target)
+
     def write_new(self, uri: str, data: bytes, *, sha256: str | None = None) -> None:
         """See `Storage.write_new`; the check is atomic where the file system has hard links."""
         path = path_of(uri)
@@ -135,10 +144,13 @@ class _Pieces:
 
 
 @contextlib.contextmanager
-def _written_beside(path: str, data: bytes) -> Iterator[str]:
+def _written_beside(path: str, data: bytes | BinaryIO) -> Iterator[str]:
     """A complete file in the target's folder, under a name that no reader takes for data."""
     with _beside(path) as (stream, temporary):
-        stream.write(data)
+        if isinstance(data, bytes):
+            stream.write(data)
+        else:
+            shutil.copyfileobj(data, stream, 8 << 20)
         _finish(stream, temporary)
         yield temporary
 

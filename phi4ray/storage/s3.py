@@ -11,6 +11,7 @@ import io
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import boto3
@@ -39,6 +40,7 @@ from phi4ray.errors import (
     TransientStorageError,
 )
 from phi4ray.storage.base import ObjectInfo, Writer
+from phi4ray.storage.local import translated
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -137,6 +139,16 @@ class S3Storage:
                 )
             else:
                 self._client.put_object(Bucket=bucket, Key=key, Body=data, Metadata=metadata)
+
+    def write_file(self, uri: str, path: Path) -> None:
+        """See `Storage.write_file`. Above 64 MiB in parts, which appear at once at the end."""
+        bucket, key = split(uri)
+        with translated(str(path)):
+            stream = path.open("rb")
+        with stream, _translated(uri):
+            self._client.upload_fileobj(
+                stream, bucket, key, Config=TransferConfig(multipart_threshold=MULTIPART_BYTES)
+            )
 
     def write_new(self, uri: str, data: bytes, *, sha256: str | None = None) -> None:
         """See `Storage.write_new`. Large objects are looked up first and then written."""

@@ -51,7 +51,7 @@ def join(uri: str, name: str) -> str:
     return f"{normal(uri).rstrip('/')}/{name}"
 
 
-def expand(patterns: Sequence[str]) -> list[ObjectInfo]:
+def expand(patterns: Sequence[str], endings: tuple[str, ...] = ENDINGS) -> list[ObjectInfo]:
     """The input files that patterns stand for: files, folders, and globs with `*`, `?`, `[]`, `**`.
 
     Sorted within a pattern; a file that several patterns name comes once, where it came first.
@@ -63,22 +63,22 @@ def expand(patterns: Sequence[str]) -> list[ObjectInfo]:
     """
     found: dict[str, ObjectInfo] = {}
     for pattern in patterns:
-        matches = list(_matches(normal(pattern)))
+        matches = list(_matches(normal(pattern), endings))
         if not matches:
             raise InputError(
                 f"--input {pattern} matches no file: looked for names that end in "
-                f"{', '.join(ENDINGS)} and do not begin with '.' or '_'"
+                f"{', '.join(endings)} and do not begin with '.' or '_'"
             )
         for item in matches:
-            if not item.uri.endswith(ENDINGS):
+            if not item.uri.endswith(endings):
                 raise InputError(
-                    f"{item.uri}: its name does not tell its format: known are {', '.join(ENDINGS)}"
+                    f"{item.uri}: its name does not tell its format: known are {', '.join(endings)}"
                 )
             found.setdefault(item.uri, item)
     return list(found.values())
 
 
-def _matches(pattern: str) -> Iterator[ObjectInfo]:
+def _matches(pattern: str, endings: tuple[str, ...]) -> Iterator[ObjectInfo]:
     storage, magic = storage_for(pattern), _MAGIC.search(pattern)
     if magic and pattern.startswith(SCHEME) and pattern.count("/", 0, magic.start()) == 2:
         raise InputError(f"--input {pattern}: a bucket is named in full, it cannot be a pattern")
@@ -93,7 +93,7 @@ def _matches(pattern: str) -> Iterator[ObjectInfo]:
     folder = join(pattern, "")
     if not magic or any(storage.list(folder)):
         for item in storage.list(folder):
-            if item.uri.endswith(ENDINGS) and not _hidden(item.uri.removeprefix(folder)):
+            if item.uri.endswith(endings) and not _hidden(item.uri.removeprefix(folder)):
                 yield item
         return
     root = pattern[: pattern.rindex("/", 0, magic.start()) + 1]

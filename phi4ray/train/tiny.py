@@ -4,7 +4,8 @@
 
 `Phi3ForCausalLM` with Phi-4's proportions: four query heads to a KV head, an FFN 3.5 times the
 hidden size, RoPE base 250,000, untied embeddings, Phi-4's chat markers and template, and a byte
-BPE tokenizer trained on the text beside this file. Its weights are random: answers are noise.
+BPE tokenizer trained on the text beside this file, with a token for each digit. Its weights are
+random: answers are noise, until it is trained as `jobs/circle.py` does.
 """
 
 import argparse
@@ -45,10 +46,12 @@ def make_tiny_model(
     hidden_size: int = 256,
     num_hidden_layers: int = 4,
     max_model_len: int = 16384,
+    initializer_range: float = INITIALIZER_RANGE,
 ) -> Path:
     """Make the checkpoint, unless the folder holds this very one; returns the folder.
 
-    `hidden_size` is a multiple of 128: heads are 32 wide, and come in fours to a KV head.
+    `hidden_size` is a multiple of 128: heads are 32 wide, and come in fours to a KV head. A model
+    that is to be trained wants an `initializer_range` of about 0.02, as Phi-4 had.
     """
     sizes = {
         "hidden_size": hidden_size,
@@ -59,6 +62,7 @@ def make_tiny_model(
         "max_position_embeddings": max_model_len,
         "vocab_size": VOCAB_SIZE,
         "tie_word_embeddings": False,
+        "initializer_range": initializer_range,
     }
     return _make(folder, sizes, seed=seed)
 
@@ -91,7 +95,7 @@ def make_dummy_model(folder: Path, model: str) -> Path:
 
 def _make(folder: Path, sizes: Mapping[str, Any], *, seed: int | None) -> Path:
     """Make a folder beside the target, then put it there: a run that is cut off leaves nothing."""
-    made_from = {"sizes": dict(sizes), "seed": seed, "version": 1}
+    made_from = {"sizes": dict(sizes), "seed": seed, "version": 2}
     marker = folder / MARKER
     if marker.exists() and json.loads(marker.read_text()) == made_from:
         return folder
@@ -117,7 +121,10 @@ def _save_tokenizer(folder: Path, max_model_len: int) -> None:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Phi-4's takes digits in threes at most; numbers are learned soonest one by one.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
@@ -147,7 +154,6 @@ def _config(sizes: Mapping[str, Any]) -> Any:
         original_max_position_embeddings=sizes["max_position_embeddings"],
         rope_theta=ROPE_THETA,
         rms_norm_eps=1e-5,
-        initializer_range=INITIALIZER_RANGE,
         bos_token_id=SPECIAL.index(BOS),
         eos_token_id=SPECIAL.index(EOS),
         pad_token_id=SPECIAL.index(PAD),

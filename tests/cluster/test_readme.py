@@ -6,9 +6,11 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from jobs import evaluate, finetune, quantize
 from jobs.batch_infer import JOB_FLAGS, configuration, main, parser
 from jobs.flags import ENGINE_FLAGS
 from phi4ray.batch.parts import COLUMNS
@@ -16,6 +18,7 @@ from phi4ray.batch.rows import Defaults, Request, to_request
 from phi4ray.config import batch_config, load_yaml
 from phi4ray.recipes import RECIPES
 from phi4ray.serve.config import serve_config
+from phi4ray.train.scheme import Scheme
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,21 +30,45 @@ def blocks(language: str = "") -> list[str]:
     return [re.sub(rf"^{indent}", "", body, flags=re.MULTILINE) for indent, body in found]
 
 
-def commands() -> list[list[str]]:
-    """The arguments of every batch_infer.py that the README calls."""
+def commands(job: str = "jobs/batch_infer.py") -> list[list[str]]:
+    """The arguments of every call of a job in the README."""
     joined = "\n".join(blocks()).replace("\\\n", " ")
-    lines = [line for line in joined.splitlines() if "jobs/batch_infer.py" in line]
-    return [shlex.split(line.split("jobs/batch_infer.py", 1)[1]) for line in lines]
+    lines = [line for line in joined.splitlines() if job in line]
+    return [shlex.split(line.split(job, 1)[1]) for line in lines]
 
 
 def test_its_commands_are_what_the_program_takes() -> None:
     assert len(commands()) == 2
     for arguments in commands():
         configuration(parser().parse_args(arguments))
+    [tuning] = commands("jobs/finetune.py")
+    finetune.configuration(finetune.parser().parse_args(tuning))
+
+
+def test_its_quantizations_and_evaluations_are_what_those_programs_take() -> None:
+    making, telling = (
+        quantize.parser().parse_args(arguments) for arguments in commands("jobs/quantize.py")
+    )
+    assert quantize.configuration(making).scheme == "gptq-4bit"
+    assert quantize.card_only(telling) == "s3://bucket/phi-4-gptq-4bit/"
+    batch, online = (
+        evaluate.configuration(evaluate.parser().parse_args(arguments))
+        for arguments in commands("jobs/evaluate.py")
+    )
+    assert batch.against is not None
+    assert batch.bound_points == 0.5
+    assert online.base_url is not None
+
+
+def test_its_schemes_are_all_there_are() -> None:
+    table = README[README.index("| scheme | what it makes |") :].split("\n\n")[0]
+    assert sorted(re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)) == sorted(get_args(Scheme))
 
 
 def test_its_flags_exist() -> None:
-    known = set(parser().format_help().split()) | {"--gpu-hour-price", "--config", "--address"}
+    known = {"--gpu-hour-price", "--config", "--address"}
+    for described in (parser(), finetune.parser(), evaluate.parser(), quantize.parser()):
+        known |= set(described.format_help().split())
     for flag in set(re.findall(r"`(--[a-z-]+)", README)):
         assert flag in known, flag
 

@@ -18,7 +18,7 @@ from phi4ray.errors import (
     ObjectNotFoundError,
     PreconditionError,
 )
-from phi4ray.storage import copy_tree, expand, join, normal, storage_for
+from phi4ray.storage import copy_tree, expand, join, normal, storage_for, upload_tree
 
 NAMES = [
     "plain",
@@ -270,6 +270,46 @@ def test_a_tree_is_copied_once(prefix: str, tmp_path: Path) -> None:
     assert (folder / "sub/weights-1.safetensors").read_bytes() == b"changed"
     with pytest.raises(ObjectNotFoundError, match="nothing under"):
         copy_tree(join(prefix, "no-model"), folder)
+
+
+@pytest.mark.parametrize("size", [0, 1, (64 << 20) + 1])  # the last one goes to S3 in parts
+def test_a_file_is_written_as_it_is(prefix: str, tmp_path: Path, size: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(size))
+    uri = put(prefix, "object", b"what was there before")
+    storage_for(uri).write_file(uri, path)
+    assert storage_for(uri).read(uri) == path.read_bytes()
+    assert [item.uri for item in storage_for(uri).list(join(prefix, ""))].count(uri) == 1
+
+
+def test_a_file_that_is_not_there_cannot_be_written(prefix: str, tmp_path: Path) -> None:
+    uri = join(prefix, "object")
+    with pytest.raises(ObjectNotFoundError, match="missing"):
+        storage_for(uri).write_file(uri, tmp_path / "missing")
+    with pytest.raises(ObjectNotFoundError):
+        storage_for(uri).head(uri)
+
+
+def test_a_tree_that_is_uploaded_is_the_one_that_was_copied(prefix: str, tmp_path: Path) -> None:
+    for name in ("a", "deep/er/b"):
+        put(prefix, f"model/{name}", name.encode())
+    folder = copy_tree(join(prefix, "model"), tmp_path / "copy")
+    upload_tree(folder, join(prefix, "again"))
+    root = join(prefix, "again/")
+    found = {item.uri.removeprefix(root) for item in storage_for(root).list(root)}
+    assert found == {"a", "deep/er/b"}
+    assert storage_for(root).read(join(root, "deep/er/b")) == b"deep/er/b"
+
+
+def test_other_files_are_inputs_where_their_endings_are_asked_for(prefix: str) -> None:
+    for name in ("in/a.csv", "in/b.jsonl"):
+        put(prefix, name)
+    folder = join(prefix, "in/")
+    assert [item.uri for item in expand([folder])] == [join(folder, "b.jsonl")]
+    both = expand([folder], (".csv", ".jsonl"))
+    assert [item.uri for item in both] == [join(folder, "a.csv"), join(folder, "b.jsonl")]
+    with pytest.raises(InputError, match=r"known are \.jsonl"):
+        expand([join(folder, "a.csv")])
 
 
 def test_uris_have_one_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

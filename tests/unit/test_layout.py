@@ -5,6 +5,8 @@ import graphlib
 import inspect
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +55,50 @@ def test_imports_are_seen_in_every_form() -> None:
 def test_only_the_replica_imports_vllm() -> None:
     rooms = [room for room in ROOMS if room != "benchmarks"]  # where vLLM is the peer
     assert importers("vllm", *rooms) == {"phi4ray/replica.py"}
+
+
+def test_only_training_imports_torch_and_transformers() -> None:
+    for package in ("torch", "transformers", "tokenizers"):
+        found = importers(package, *PRODUCT)
+        assert found
+        assert {module.rpartition("/")[0] for module in found} == {"phi4ray/train"}, package
+
+
+@pytest.mark.parametrize(
+    ("package", "module"),
+    [
+        ("peft", "phi4ray/train/adapters.py"),
+        ("accelerate", "phi4ray/train/trainer.py"),
+        ("auto_round", "phi4ray/train/compress.py"),
+        ("compressed_tensors", "phi4ray/train/compress.py"),
+        ("datasets", "phi4ray/train/compress.py"),
+        ("llmcompressor", "phi4ray/train/compress.py"),
+        ("lm_eval", "phi4ray/train/harness.py"),
+        ("transformers.Trainer", "phi4ray/train/trainer.py"),
+        ("ray.train", "cluster/train.py"),
+    ],
+)
+def test_a_training_library_has_one_importer(package: str, module: str) -> None:
+    assert importers(package, *PRODUCT) == {module}
+
+
+def test_what_imports_them_is_imported_only_where_it_is_used() -> None:
+    drivers = (
+        "phi4ray.train.finetune",
+        "phi4ray.train.quantize",
+        "phi4ray.train.evaluate",
+        "phi4ray.cli",
+    )
+    heavy = "{'torch', 'transformers', 'peft', 'accelerate', 'vllm', 'lm_eval', 'datasets'}"
+    for driver in drivers:
+        code = f"import sys, {driver}; print({heavy} & sys.modules.keys())"
+        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert run.stdout == "set()\n", (driver, run.stderr)
+
+
+def test_what_runs_in_the_quantizers_environment_imports_nothing_of_ours() -> None:
+    names = set(imported_names(parse("phi4ray/train/compress.py")))
+    assert not {name for name in names if name.split(".")[0] in PRODUCT}
 
 
 def test_only_the_cluster_imports_ray() -> None:

@@ -109,9 +109,9 @@ def test_the_requirements_are_the_packages_own_and_those_of_its_extras(tmp_path:
     pyproject = tmp_path / "pyproject.toml"
     pyproject.write_text(
         '[project]\ndependencies = ["a"]\n[project.optional-dependencies]\n'
-        'cpu = ["b==1"]\ngpu = ["c"]\ndev = ["d"]\n'
+        'cpu = ["b==1"]\ngpu = ["c"]\ndev = ["d"]\nevaluate = ["e"]\ntrain = ["f"]\n'
     )
-    assert setup.requirements(pyproject) == ["a", "b==1", "d"]
+    assert setup.requirements(pyproject) == ["a", "b==1", "d", "e", "f"]
 
 
 def test_requirements_are_met_by_what_is_installed_and_not_by_what_could_be(wheels: Path) -> None:

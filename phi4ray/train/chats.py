@@ -1,0 +1,178 @@
+"""Chats to learn from, row by row, out of CSV, JSONL and Parquet files.
+
+A row has one of two forms; other columns are not looked at:
+
+    messages             a list of {"role", "content"}, or that list as JSON text
+    prompt, completion   one question and its answer; optionally system
+
+A row that cannot be learned from is no exception: it is a `Refused` that names its place.
+"""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from pydantic_core import from_json
+
+from phi4ray.batch.files import is_parquet, open_lines, open_parquet, read_batches, records_of
+from phi4ray.batch.plan import Input
+from phi4ray.batch.rows import decode_line
+from phi4ray.errors import InputError
+from phi4ray.protocol import Json, RowError
+from phi4ray.storage import storage_for
+from phi4ray.storage.uris import ENDINGS
+
+CHAT_ENDINGS = (*ENDINGS, ".csv")
+"""What files of chats are called."""
+
+COLUMNS = ("messages", "prompt", "completion", "system")
+ROLES = ("system", "user", "assistant")
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a row is: its file, and its number there, from 0, the head of a CSV not counted."""
+
+    file: str
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A row that is not learned from. `field` is the column, or what of it, that is wrong."""
+
+    place: Place
+    field: str
+    code: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.place.file} row {self.place.row}, {self.field}: {self.message}"
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation with at least one answer, none of them empty."""
+
+    place: Place
+    messages: Messages
+
+
+def read_chats(inputs: Sequence[Input]) -> Iterator[Chat | Refused]:
+    """Every row of the files, in order.
+
+    Raises:
+        InputError: a file is not what its name claims, or has none of the columns.
+    """
+    for item in inputs:
+        for row, record in enumerate(_records(item)):
+            place = Place(item.uri, row)
+            if isinstance(record, RowError):
+                yield Refused(place, "row", record.code, record.message)
+            else:
+                yield to_chat(place, record)
+
+
+def to_chat(place: Place, record: Json) -> Chat | Refused:
+    """Turn a record into a chat, or say why it is none."""
+    try:
+        if record.get("messages") not in (None, ""):
+            messages = _messages(record["messages"])
+        else:
+            messages = _question_and_answer(record)
+    except _BadField as bad:
+        return Refused(place, bad.field, bad.code, bad.message)
+    return Chat(place, messages)
+
+
+def _question_and_answer(record: Json) -> Messages:
+    messages = []
+    for role, name in (("system", "system"), ("user", "prompt"), ("assistant", "completion")):
+        text = record.get(name)
+        if text is None or (name == "system" and text == ""):
+            if name == "system":
+                continue
+            raise _BadField(name, "missing_field", "the row has no messages, and no text here")
+        messages.append({"role": role, "content": _content(text, name, role)})
+    return messages
+
+
+def _messages(value: Any) -> Messages:
+    if isinstance(value, str):
+        try:
+            value = from_json(value)
+        except ValueError as error:
+            raise _BadField("messages", "invalid_json", f"is not JSON: {error}") from error
+    if not isinstance(value, list) or not value:
+        raise _BadField("messages", "invalid_type", "is no list of messages, or an empty one")
+    messages = []
+    for at, message in enumerate(value):
+        field = f"messages[{at}]"
+        if not isinstance(message, dict):
+            raise _BadField(field, "invalid_type", "is no object with role and content")
+        role = message.get("role")
+        if role not in ROLES:
+            raise _BadField(
+                f"{field}.role", "unknown_role", f"is {role!r}; known are {', '.join(ROLES)}"
+            )
+        content = _content(message.get("content"), f"{field}.content", role)
+        messages.append({"role": role, "content": content})
+    if not any(message["role"] == "assistant" for message in messages):
+        raise _BadField("messages", "no_answer", "has no message of the assistant to learn")
+    return messages
+
+
+def _content(value: Any, field: str, role: str) -> str:
+    if not isinstance(value, str):
+        raise _BadField(field, "invalid_type", f"is no text: {str(value)[:60]!r}")
+    if role == "assistant" and not value.strip():
+        raise _BadField(field, "empty_answer", "the answer is empty")
+    return value
+
+
+class _BadField(Exception):
+    def __init__(self, field: str, code: str, message: str) -> None:
+        self.field, self.code, self.message = field, code, message
+
+
+def _records(item: Input) -> Iterator[Json | RowError]:
+    if item.uri.endswith(".csv"):
+        yield from _csv_records(item)
+    elif is_parquet(item.uri):
+        file = open_parquet(item)
+        names = [name for name in file.schema_arrow.names if name in COLUMNS]
+        _check_columns(item.uri, file.schema_arrow.names)
+        for batch in read_batches(item, file, names):
+            yield from records_of(pa.Table.from_batches([batch]))
+    else:
+        yield from map(decode_line, open_lines(item))
+
+
+def _csv_records(item: Input) -> Iterator[Json | RowError]:
+    """Rows of a CSV with a head, as RFC 4180 and spreadsheets write them."""
+    with storage_for(item.uri).open(item.uri, etag=item.etag) as stream:
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        try:
+            # A row with more cells than the head has is broken, and so is one with fewer.
+            reader = csv.DictReader(text, restkey="", restval=None, strict=True)
+            _check_columns(item.uri, reader.fieldnames or ())
+            for record in reader:
+                if "" in record or None in record.values():
+                    yield RowError("ragged_row", "it has not as many cells as the head")
+                else:
+                    yield dict(record)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise InputError(f"{item.uri} is not a readable CSV file: {error}") from error
+
+
+def _check_columns(uri: str, names: Sequence[str]) -> None:
+    if "messages" not in names and not {"prompt", "completion"} <= set(names):
+        raise InputError(
+            f"{uri} has no column 'messages', nor 'prompt' and 'completion'; "
+            f"it has {', '.join(names) or 'none'}"
+        )
