@@ -89,7 +89,14 @@ OWN_ARGUMENTS = frozenset(
         *("adam_beta2", "max_grad_norm", "num_train_epochs", "max_steps"),
         *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
         *("bf16", "seed", "save_strategy", "save_steps", "save_total_limit", "save_only_model"),
-        *("logging_strategy", "logging_steps", "use_cpu", "report_to", "disable_tqdm"),
+        *(
+            "logging_strategy",
+            "logging_first_step",
+            "logging_steps",
+            "use_cpu",
+            "report_to",
+            "disable_tqdm",
+        ),
         *("remove_unused_columns", "resume_from_checkpoint"),
     }
 )

@@ -112,6 +112,7 @@ def training_arguments(config: FinetuneConfig, folder: Path) -> TrainingArgument
         "save_steps": config.checkpoint_every_steps,
         "save_total_limit": 1,
         "logging_strategy": "steps",
+        "logging_first_step": True,
         "logging_steps": config.logging_steps,
         "include_num_input_tokens_seen": "non_padding",
         "use_cpu": config.gpus_per_worker == 0,

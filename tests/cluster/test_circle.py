@@ -1,4 +1,7 @@
-"""The circle, cut short: every job takes what the one before it made. Accuracy is not looked at."""
+"""The circle, cut short: every job takes what the one before it made. Accuracy is not looked at.
+
+The quantizer's environment is what `PHI4RAY_QUANTIZE_PYTHON` names; without it this is skipped.
+"""
 
 import os
 import subprocess
@@ -7,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from phi4ray.train.environment import PYTHON
+
 ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.engine,
     pytest.mark.slow,
     pytest.mark.timeout(1800),
+    pytest.mark.skipif(PYTHON not in os.environ, reason=f"{PYTHON} names no Python that quantizes"),
 ]
 
 

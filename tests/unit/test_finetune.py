@@ -176,6 +176,11 @@ def test_rows_that_cannot_be_learned_from_stop_the_job_before_anything_is_writte
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_of_fewer_steps_than_lie_between_points_has_its_first(tmp_path: Path) -> None:
+    summary = run(small_finetune(tmp_path, max_steps=2, logging_steps=20))
+    assert [point.step for point in summary.points] == [1]
+
+
 def test_a_share_of_them_may_be_left_out_and_is_reported(tmp_path: Path) -> None:
     config = small_finetune(tmp_path, max_steps=1, max_error_fraction=0.1)
     write_lines(tmp_path / "chats.jsonl", [*SUMS, {"prompt": "1+1", "completion": ""}])
