@@ -7,7 +7,7 @@ Each layer is plain ASGI: vLLM's answers, streams included, pass through untouch
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -84,15 +84,15 @@ class Alive:
     async def _watched(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = died = False
 
-        async def watched(message: Message) -> None:
+        # No coroutine of its own: every chunk of every stream goes through here.
+        def watched(message: Message) -> Awaitable[None]:
             nonlocal started, died
             if not started and message["type"] == "http.response.start":
                 died = message["status"] >= 500 and not self._replica.alive()
                 started = True
                 if died:
-                    await _dead(send)
-            if not died:
-                await send(message)
+                    return _dead(send)
+            return _nothing() if died else send(message)
 
         try:
             await self.app(scope, receive, watched)
@@ -100,6 +100,10 @@ class Alive:
             if started or self._replica.alive():
                 raise
             await _dead(send)
+
+
+async def _nothing() -> None:
+    pass
 
 
 async def _dead(send: Send) -> None:

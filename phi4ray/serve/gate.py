@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -162,10 +162,11 @@ class Gate:
             return
         extra = [(name.encode(), value.encode()) for name, value in left.items()]
 
-        async def with_limits(message: Message) -> None:
+        # No coroutine of its own: every chunk of every stream goes through here.
+        def with_limits(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message.get("headers", ()), *extra]}
-            await send(message)
+            return send(message)
 
         try:
             await self.app(scope, receive, with_limits)
