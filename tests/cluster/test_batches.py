@@ -34,12 +34,12 @@ pytestmark = [pytest.mark.cluster, pytest.mark.crash, pytest.mark.timeout(400)]
 
 @pytest.fixture
 def command(tmp_path: Path, s3_prefix: str) -> list[str]:
-    """The service: a fake engine that answers about a hundred rows a second, files in S3."""
+    """The service: a fake engine that answers about twenty rows a second, files in S3."""
     settings = {
         "batches": {"poll_interval_s": 0.3, "retry_interval_s": 0.5, "shard_rows": 20},
         "engine": {
             "kind": "fake", "model": "m", "max_num_seqs": 8, "num_cpus": 0,
-            "engine_args": {"latency_s": 0.15},
+            "engine_args": {"latency_s": 0.5},
         },
     }  # fmt: skip
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump(settings))
