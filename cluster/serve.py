@@ -101,7 +101,7 @@ class Phi4Replica:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What `cluster.autoscaling` decides by."""
-        admission = self._app.admission
+        admission, harvest = self._app.admission, self._app.harvest
         return load_stats(
             ReplicaLoad(
                 admission.capacity_tokens,
@@ -109,6 +109,8 @@ class Phi4Replica:
                 admission.queued_tokens,
                 admission.arrived_tokens_per_s,
                 admission.released_tokens_per_s,
+                harvest.tokens,
+                harvest.rows + harvest.all_waiting,
             )
         )
 

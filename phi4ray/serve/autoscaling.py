@@ -27,11 +27,14 @@ from pydantic import Field, model_validator
 from phi4ray.config import Config
 from phi4ray.serve.schedule import Window
 
-Cause = Literal["steady", "demand", "backlog", "trend", "idle", "held", "schedule", "bounds"]
+Cause = Literal[
+    "steady", "demand", "backlog", "trend", "idle", "held", "batch", "schedule", "bounds"
+]
 CAUSES: Final[tuple[Cause, ...]] = get_args(Cause)
 """`demand`, `backlog`, `trend`: more are needed for what arrives, what waits, what will arrive.
-`idle`: fewer were needed for a while. `held`: a request waits for the first replica. `schedule`,
-`bounds`: more or fewer are needed, but the window or the configuration does not let."""
+`idle`: fewer were needed for a while. `held`: a request waits for the first replica. `batch`:
+batch rows keep what online requests do not need. `schedule`, `bounds`: more or fewer are needed,
+but the window or the configuration does not let."""
 
 SPEED_HALF_LIFE_S = 300.0
 NOISE_WINDOWS = 6
@@ -75,6 +78,9 @@ class AutoscalingPolicyConfig(Config):
     upscale_delay_s: float = Field(0.0, ge=0, description="Demand must last so long first")
     downscale_delay_s: float = Field(300.0, ge=0, description="So must its absence")
     downscale_to_zero_delay_s: float = Field(600.0, ge=0, description="And so must silence")
+    batch_replicas: int = Field(
+        0, ge=0, description="Replicas that batch rows keep from being scaled in; they start none"
+    )
     schedule: tuple[Window, ...] = Field((), description="The first window that holds, counts")
 
     @model_validator(mode="after")
@@ -110,7 +116,8 @@ class ReplicaLoad:
     """What a replica tells of itself: its KV capacity, and the expected demand of requests.
 
     Used is what admitted ones hold, queued what waiting ones will hold. Those that were turned
-    away have arrived too.
+    away have arrived too. `batch_tokens` is what rows of batch jobs hold beside them, `batch_rows`
+    how many there are, those included that wait for slack.
     """
 
     capacity_tokens: float
@@ -118,6 +125,8 @@ class ReplicaLoad:
     queued_tokens: float
     arrived_tokens_per_s: float
     released_tokens_per_s: float
+    batch_tokens: float = 0.0
+    batch_rows: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,13 +200,17 @@ def decide(
 
     wanted = (arriving work + backlog + rise) / (busy share at the targets) + headroom, rounded up.
     More than `target`: after `upscale_delay_s` that many, the fewest wanted in that time. Less,
-    even with `dead_band` more work: the most wanted within `downscale_delay_s`.
+    even with `dead_band` more work: the most wanted within `downscale_delay_s`; but while there
+    are batch rows no fewer than `batch_replicas`, if there are so many.
     """
     known = [load.capacity_tokens for load in loads if load.capacity_tokens > 0]
     capacity = fmean(known) if known else float(state.get("capacity_tokens", 0.0))
     half = config.half_speed_tokens
     aim = min(config.target_occupancy * capacity, (config.target_slowdown - 1) * half)
-    held = [load.used_tokens + load.queued_tokens for load in loads]
+    # Beside batch rows a request takes longer, and holds its tokens for longer, than it would.
+    held = [
+        load.used_tokens * half / (half + load.batch_tokens) + load.queued_tokens for load in loads
+    ]
     arrived = sum(load.arrived_tokens_per_s for load in loads)
     released = sum(load.released_tokens_per_s for load in loads)
     busy = sum(tokens / (tokens + half) for tokens in held)
@@ -261,6 +274,9 @@ def decide(
         quiet = now_s - asked_s >= config.downscale_to_zero_delay_s
         replicas = max(falling, 0 if quiet else 1)
         cause = "idle" if replicas < target else "steady"
+        kept = min(target, config.batch_replicas) if any(load.batch_rows for load in loads) else 0
+        if replicas < kept:
+            cause, replicas = "batch", kept
     bounded = max(least, min(most, replicas))
     if bounded != replicas:
         cause = "schedule" if config.window(now_s) else "bounds"

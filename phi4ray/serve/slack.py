@@ -52,9 +52,6 @@ class HarvestConfig(Config):
     idle_s: float = Field(
         30.0, ge=0, description="Without online requests for so long, batch takes the whole engine"
     )
-    batch_replicas: int = Field(
-        0, ge=0, description="Replicas that waiting batch rows keep from being scaled in"
-    )
 
 
 class RecentPeak:

@@ -317,3 +317,38 @@ def test_at_a_constant_arrival_rate_the_count_settles_where_the_load_is_within_t
     fewer = math.ceil(work / 0.75 * 1.1 + headroom) + 1
     if slower == 1:
         assert counts[-1] <= fewer
+
+
+def after_silence(config: AutoscalingPolicyConfig, target: int, **load: float) -> Decision:
+    """What is decided after long silence of online requests, with this on each replica."""
+    state: dict[str, Any] = {}
+    for second in range(0, 2000, 5):
+        found = decide(
+            config, [ReplicaLoad(CAPACITY, 0, 0, 0, 0, **load)] * target,
+            target=target, held_requests=0, now_s=1e6 + second, state=state,
+        )  # fmt: skip
+        state = found.state
+        if found.replicas != target:
+            break
+    return found
+
+
+def test_batch_rows_keep_replicas_up_to_their_budget_and_order_none() -> None:
+    budget = policy(batch_replicas=2, downscale_delay_s=60)
+    busy = {"batch_tokens": 50_000.0, "batch_rows": 100.0}
+    found = after_silence(budget, target=4, **busy)
+    assert (found.replicas, found.cause) == (2, "batch")
+    assert after_silence(budget, target=1, **busy).replicas == 1
+    assert after_silence(budget, target=4).replicas == 1
+    assert after_silence(policy(downscale_delay_s=60), target=4, **busy).replicas == 1
+
+
+def test_online_requests_that_batch_rows_slow_down_order_no_replicas_for_it() -> None:
+    # 500 tokens in flight alone are 1,500 when rows with 2,000 more share the replica's speed.
+    alone = ReplicaLoad(CAPACITY, 500, 0, 0, 0)
+    beside = ReplicaLoad(CAPACITY, 1500, 0, 0, 0, batch_tokens=2000, batch_rows=10)
+    found = [
+        decide(policy(), [load] * 3, target=1, held_requests=0, now_s=1e6, state={}).replicas
+        for load in (alone, beside)
+    ]
+    assert found[0] == found[1]
