@@ -26,8 +26,13 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def blocks(language: str = "") -> list[str]:
     """Code blocks of one language, without their indentation."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```$", README, re.DOTALL | re.MULTILINE)
-    return [re.sub(rf"^{indent}", "", body, flags=re.MULTILINE) for indent, body in found]
+    # All of them, or the end of one would be taken for the beginning of another.
+    found = re.findall(r"^( *)```(\w*)\n(.*?)^\1```$", README, re.DOTALL | re.MULTILINE)
+    return [
+        re.sub(rf"^{indent}", "", body, flags=re.MULTILINE)
+        for indent, name, body in found
+        if name == language
+    ]
 
 
 def commands(job: str = "jobs/batch_infer.py") -> list[list[str]]:
@@ -38,7 +43,7 @@ def commands(job: str = "jobs/batch_infer.py") -> list[list[str]]:
 
 
 def test_its_commands_are_what_the_program_takes() -> None:
-    assert len(commands()) == 2
+    assert len(commands()) == 3
     for arguments in commands():
         configuration(parser().parse_args(arguments))
     [tuning] = commands("jobs/finetune.py")
