@@ -2,9 +2,6 @@
 
 import asyncio
 import io
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -13,79 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pyarrow.parquet as pq
 import pytest
 
 from phi4ray.fake import fake_text
 from phi4ray.storage import join, storage_for
 from phi4ray.train.tiny import make_tiny_model
+from tests.cluster_service import Service
 from tests.online_load import load
 from tests.small_jobs import prompts, write_lines
 
-ROOT = Path(__file__).parents[2]
-PORT = 8189
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
-
-# In a process of its own, because Ray Serve reads its environment when it is imported.
-OPERATOR = """
-import json, os, sys
-from cluster.environment import SERVING
-os.environ |= SERVING | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2"}
-import ray
-from cluster.local import connected
-from cluster.serve import deployed
-from phi4ray.serve.config import serve_config
-
-with connected(num_cpus=4), deployed(serve_config(json.loads(sys.argv[2])), "127.0.0.1", int(sys.argv[1])):
-    print("address", ray.get_runtime_context().gcs_address, flush=True)
-    sys.stdin.read()
-"""  # noqa: E501
-
-
-class Service:
-    """An application on a cluster of its own."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        import json
-
-        self._environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", OPERATOR, str(PORT), json.dumps(config)],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=self._environment,
-        )
-        lines = (line for line in self._process.stdout or () if line.startswith("address "))
-        self.address = next(lines, "").removeprefix("address ").strip()
-        assert self.address, "the service did not start"
-
-    def batch(self, *arguments: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "jobs/batch_infer.py", "--serve", "phi4", *arguments]
-        return subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**self._environment, "RAY_ADDRESS": self.address},
-        )
-
-    def replicas(self) -> list[psutil.Process]:
-        children = psutil.Process(self._process.pid).children(recursive=True)
-        return [one for one in children if "ServeReplica:phi4:replica" in " ".join(one.cmdline())]
-
-    def metric(self, name: str) -> float:
-        text = httpx.get(f"http://127.0.0.1:{PORT}/metrics").text
-        return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(name))
-
-    def stop(self) -> None:
-        try:
-            self._process.communicate(timeout=120)
-        finally:
-            self._process.kill()
 
 
 @pytest.fixture
@@ -127,7 +62,7 @@ def test_online_load_and_a_batch_job_while_replicas_are_killed(
     outcomes: Counter[str] = Counter()
     clients = threading.Thread(
         target=asyncio.run,
-        args=(load(f"http://127.0.0.1:{PORT}", outcomes, 3000, streams=False),),
+        args=(load(service.url, outcomes, 3000, streams=False),),
         daemon=True,
     )
     clients.start()
@@ -171,7 +106,7 @@ def test_a_real_engine_answers_online_requests_at_once_while_batch_fills_it(
         while service.metric("phi4ray:batch_rows ") < 16 and job.poll() is None:
             time.sleep(0.1)
         body = {"model": "phi-4", "prompt": "hi", "max_tokens": 16, "ignore_eos": True}
-        with httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=60) as client:
+        with httpx.Client(base_url=service.url, timeout=60) as client:
             # As many as the engine has places: all are batch rows', and all are given up.
             answers: list[httpx.Response] = []
             threads = [

@@ -1,0 +1,77 @@
+"""A service on a cluster of its own, as the tests of whole clusters start and ask it."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+ROOT = Path(__file__).parents[1]
+PORT = 8189
+# In a process of its own, because Ray Serve reads its environment when it is imported.
+OPERATOR = """
+import json, os, sys
+from cluster.environment import SERVING
+os.environ |= SERVING | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2"}
+import ray
+from cluster.local import connected
+from cluster.serve import deployed
+from phi4ray.serve.config import serve_config
+
+with connected(num_cpus=4), deployed(serve_config(json.loads(sys.argv[2])), "127.0.0.1", int(sys.argv[1])):
+    print("address", ray.get_runtime_context().gcs_address, flush=True)
+    sys.stdin.read()
+"""  # noqa: E501
+
+
+class Service:
+    """An application on a cluster of its own."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", OPERATOR, str(PORT), json.dumps(config)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=self._environment,
+        )
+        lines = (line for line in self.process.stdout or () if line.startswith("address "))
+        self.address = next(lines, "").removeprefix("address ").strip()
+        assert self.address, "the service did not start"
+        self.url = f"http://127.0.0.1:{PORT}"
+
+    def batch(self, *arguments: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "jobs/batch_infer.py", "--serve", "phi4", *arguments]
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**self._environment, "RAY_ADDRESS": self.address},
+        )
+
+    def replicas(self) -> list[psutil.Process]:
+        found = []
+        for one in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it ends just now
+                if "ServeReplica:phi4:replica" in " ".join(one.cmdline()):
+                    found.append(one)
+        return found
+
+    def metric(self, name: str) -> float:
+        text = httpx.get(f"{self.url}/metrics").text
+        return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(name))
+
+    def stop(self) -> None:
+        try:
+            self.process.communicate(timeout=120)
+        finally:
+            self.process.kill()
