@@ -38,6 +38,15 @@ class Admit:
         if state is None or state.body is None or scope["path"] not in GENERATING:
             await self.app(scope, receive, send)
             return
+        wished = state.body.get("priority")
+        least = min(0, state.priority)
+        if isinstance(wished, int) and wished < least:
+            # The engine would put it before others that have the same right.
+            await send_error(
+                send, 403, "priority_not_allowed",
+                f"'priority' must not be below {least}",
+            )  # fmt: skip
+            return
         chars, limit, ids = _size(state.body)
         tokens = self._lengths.demand(chars, limit, ids)
         waiting = _Waiting(receive)

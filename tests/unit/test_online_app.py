@@ -136,6 +136,17 @@ def test_keys(tmp_path: Path, headers: dict[str, str], status: int, code: str | 
     assert answer.json().get("error", {}).get("code") == code
 
 
+@pytest.mark.parametrize(("priority", "status"), [(-1, 403), (0, 200), (7, 200)])
+def test_nobody_puts_a_request_before_those_of_others(priority: int, status: int) -> None:
+    async def scenario(client: httpx.AsyncClient) -> httpx.Response:
+        return await client.post(CHAT, json=HELLO | {"priority": priority})
+
+    found = asked(online(), scenario)
+    assert found.status_code == status
+    if status == 403:
+        assert found.json()["error"]["code"] == "priority_not_allowed"
+
+
 def test_health_and_metrics_need_no_key(tmp_path: Path) -> None:
     async def scenario(client: httpx.AsyncClient) -> list[int]:
         return [(await client.get(path)).status_code for path in ("/health", "/ready")]
