@@ -176,6 +176,11 @@ class VllmReplica:
             except Exception as error:
                 self._check_alive(error)
             else:
+                # vLLM answers "Client disconnected" to a request that is cancelled, and so keeps
+                # from whoever cancelled it that it ended for that.
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise asyncio.CancelledError
                 content: Json = response.model_dump()
                 if "error" not in content:
                     return Answer(200, content)

@@ -13,11 +13,12 @@ import psutil
 import pytest
 
 from phi4ray.batch.parts import error_of
+from phi4ray.batch.worker import within
 from phi4ray.config import Endpoint, EngineConfig
 from phi4ray.engines import make_replica
 from phi4ray.errors import EngineDeadError, EngineStartError
 from phi4ray.orphans import MARK
-from phi4ray.protocol import Json, Replica
+from phi4ray.protocol import Answer, Json, Replica
 from phi4ray.train.tiny import make_tiny_model
 
 T = TypeVar("T")
@@ -166,11 +167,22 @@ def test_an_abandoned_request_frees_its_tokens(running: Running) -> None:
         await asyncio.sleep(0.3)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+        # The fake one had answered by then.
+        assert task.cancelled() or running.kind == "fake"
         await asyncio.sleep(0.5)
 
     running.run(abandon())
     running.ask(COMPLETIONS, prompt="hi", max_tokens=1)
     assert running.replica.kv().running <= 1
+
+
+def test_a_request_that_takes_too_long_is_no_answer_but_a_timeout(running: Running) -> None:
+    async def hurry() -> Answer:
+        body = {"model": running.model, "prompt": "go on", "max_tokens": 900, "ignore_eos": True}
+        return await within(0.2, running.replica.complete(COMPLETIONS, body))
+
+    if running.kind == "vllm":  # the fake one is in time
+        assert error_of(running.run(hurry())).code == "timeout"
 
 
 @pytest.mark.engine
