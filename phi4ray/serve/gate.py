@@ -144,7 +144,7 @@ class Gate:
             message = f"'model' must be one that this API key may use: {', '.join(may)}"
             await _refuse(send, 403, "model_not_allowed", message)
             return
-        if may is not None and is_form(scope):
+        if may is not None and is_form(scope) and not of_batches(scope["path"]):
             message = f"this API key may use {', '.join(may)} only, and forms are not looked into"
             await _refuse(send, 403, "model_not_allowed", f"{message}: send JSON")
             return

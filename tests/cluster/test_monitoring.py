@@ -18,12 +18,14 @@ import httpx
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from ray.util import get_node_ip_address
 
 from phi4ray import exporter
 from phi4ray.serve.tenants import new_key
 from phi4ray.train.tiny import make_tiny_model
 from tests.promql import FOLDER, expressions, panels, rules, selectors
 
+HOST = get_node_ip_address()  # where the cluster's processes listen
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 prometheus = shutil.which("prometheus")
@@ -101,11 +103,11 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     }  # fmt: skip
     start = [
         BIN / "ray", "start", "--head", "--num-cpus=4", "--port=0", "--disable-usage-stats",
-        "--include-dashboard=false", "--node-ip-address=127.0.0.1",
+        "--include-dashboard=false",
         f"--metrics-export-port={ray}",
     ]  # fmt: skip
     subprocess.run(start, check=True, env=environment)
-    taken = [port for port in exporter.PORTS if reached(f"http://127.0.0.1:{port}/metrics")]
+    taken = [port for port in exporter.PORTS if reached(f"http://{HOST}:{port}/metrics")]
     keys = {"good": new_key(), "limited": new_key()}
     started = []
     try:
@@ -119,11 +121,14 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             until(240, log.name, lambda: reached(f"{url}/ready") or started[0].poll())
             assert started[0].poll() is None, (folder / "log").read_text(errors="replace")[-5000:]
             rays = Page("phi4ray-ray", f"127.0.0.1:{ray}")
-            until(90, log.name, lambda: has(rays, "ray_phi4ray_batch_rows_total"))
+            # Ray tells what its processes measure only now and then.
+            for name in ("batch_rows_total", "desired_replicas", "replicas_bound"):
+                until(90, log.name, functools.partial(has, rays, f"ray_phi4ray_{name}"))
+            until(90, log.name, lambda: has(rays, "ray_serve_deployment_replica_healthy"))
             replicas = [
-                Page("phi4ray-replica", f"127.0.0.1:{port}")
+                Page("phi4ray-replica", f"{HOST}:{port}")
                 for port in exporter.PORTS
-                if port not in taken and reached(f"http://127.0.0.1:{port}/metrics")
+                if port not in taken and reached(f"http://{HOST}:{port}/metrics")
             ]
             proxies = Page("phi4ray-proxy", f"127.0.0.1:{proxy}")
             found = Running(
