@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import ray
 
+from cluster.shared import NAMESPACE, shared_actor
 from phi4ray.batch.executor import TICK_S, Executor, shards_in_flight
 from phi4ray.batch.jobtable import Job, JobTable, News, Orders, Report
 from phi4ray.batch.parts import Receipt
@@ -31,8 +32,6 @@ R = TypeVar("R")
 EXCHANGE_S = 0.25
 LOST_S = 60.0
 """So long a driver waits for the actor in the middle to come back."""
-
-NAMESPACE = "phi4ray"
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +73,7 @@ def _board_name(application: str) -> str:
 
 def job_board(application: str) -> Any:
     """The application's board; started if it does not run."""
-    return (
-        ray.remote(JobBoard)
-        .options(name=_board_name(application), get_if_exists=True, num_cpus=0, max_restarts=-1,
-                 lifetime="detached", namespace=NAMESPACE)
-        .remote()
-    )  # fmt: skip
+    return shared_actor(JobBoard, _board_name(application))
 
 
 async def host_shards(application: str, host: ShardHost) -> None:

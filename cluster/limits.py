@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import ray
 
+from cluster.shared import shared_actor
 from phi4ray.serve.exchange import Exchange
 from phi4ray.serve.limits import Limiter, Spent
 
@@ -30,12 +31,7 @@ class LimitsBoard:
 
 async def share_limits(application: str, replica: str, limiter: Limiter, replicas: int) -> None:
     """Exchange what was spent with the other replicas, from now on, while this one lives."""
-    board = (
-        ray.remote(LimitsBoard)
-        .options(name=f"phi4ray-limits-{application}", get_if_exists=True, num_cpus=0,
-                 max_restarts=-1, lifetime="detached", namespace="phi4ray")
-        .remote()
-    )  # fmt: skip
+    board = shared_actor(LimitsBoard, f"phi4ray-limits-{application}")
     while True:
         spent, lacking = limiter.take_spent(), limiter.lacking(time.monotonic())
         try:

@@ -30,6 +30,7 @@ from jobs.flags import (
     local_model,
     new_parser,
     pairs,
+    told,
 )
 from phi4ray.batch.describe import describe_plan
 from phi4ray.batch.executor import Executor
@@ -78,12 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 describe_plan(config, plan, console, gpu=gpu)
                 return 0
             summary = run_batch(config, executor, console, JobMetrics(config.output).publish)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except Phi4rayError as error:
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return told(error)
     print_summary(console, summary)
     return 3 if summary.error_rows else 0
 

@@ -31,9 +31,10 @@ from jobs.flags import (
     local_model,
     new_parser,
     pairs,
+    told,
 )
 from phi4ray.config import EngineConfig, validated
-from phi4ray.errors import ConfigError, Phi4rayError
+from phi4ray.errors import Phi4rayError
 from phi4ray.recipes import find_recipe
 from phi4ray.train.evaluate import EvaluateConfig, evaluate
 from phi4ray.train.tables import render
@@ -69,12 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 console,
                 api_key=os.environ.get("OPENAI_API_KEY", "none"),
             )
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except Phi4rayError as error:
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return told(error)
     print(render(report), end="")
     return {"fail": 3, "undecided": 4}.get(report.verdict or "", 0)
 

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a
 
 from cluster.local import connected
 from cluster.train import RayHost
-from jobs.flags import Flags, add_fields, file_layer, pairs
+from jobs.flags import Flags, add_config, add_fields, bare_parser, file_layer, pairs, told
 from phi4ray.config import validated
-from phi4ray.errors import ConfigError, Phi4rayError
+from phi4ray.errors import Phi4rayError
 from phi4ray.storage import normal
 from phi4ray.train.config import FinetuneConfig, LoraSettings
 from phi4ray.train.finetune import finetune
@@ -62,12 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = configuration(arguments)
         with connected(worker_logs=False):  # Ray Train tells of its every step
             summary = finetune(config, RayHost(), console)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except Phi4rayError as error:
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return told(error)
     console.print(f"loss {summary.points[0].loss:.4f} → {summary.points[-1].loss:.4f}")
     console.print(f"the model: {summary.model}\nthe report: {summary.report}")
     return 0
@@ -76,20 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     described, _, example = (__doc__ or "").partition("\n\n")
-    result = argparse.ArgumentParser(
-        "finetune.py",
-        description=described,
-        epilog=f"{example}\n{EXIT_CODES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
+    result = bare_parser("finetune.py", described, f"{example}\n{EXIT_CODES}")
+    add_config(result)
     add = result.add_argument
-    add(
-        "--config",
-        default=None,
-        metavar="FILE",
-        help="YAML with any of the configuration; flags win over it",
-    )
     add(
         "--input",
         nargs="+",

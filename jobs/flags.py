@@ -1,6 +1,7 @@
 """Command-line flags that set fields of a configuration, for the jobs that have some."""
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import yaml
 from pydantic import BaseModel
 
 from phi4ray.config import EngineConfig, load_yaml
-from phi4ray.errors import ConfigError
+from phi4ray.errors import ConfigError, Phi4rayError
 from phi4ray.recipes import RECIPES
 
 # Flags that set one field of a configuration each: their names, types and defaults are there.
@@ -27,27 +28,46 @@ ENGINE_FLAGS: Flags = {
 }
 
 
-def new_parser(program: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """A parser with the flags of every job; what a flag's absence means is in the config models."""
-    parser = argparse.ArgumentParser(
+def told(error: Phi4rayError) -> int:
+    """Say on stderr why a job ends; gives its exit code: 2 for bad arguments, 1 for the rest."""
+    if isinstance(error, ConfigError):
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+    return 1
+
+
+def bare_parser(program: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser without flags; what a flag's absence means is in the config models."""
+    return argparse.ArgumentParser(
         program,
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument(
-        "--recipe",
-        default=None,
-        choices=sorted(RECIPES),
-        help="a complete configuration to start from",
-    )
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that `file_layer` reads."""
     parser.add_argument(
         "--config",
         default=None,
         metavar="FILE",
         help="YAML with any of the configuration; flags win over it",
     )
+
+
+def new_parser(program: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser with the flags of every job that has an engine."""
+    parser = bare_parser(program, description, epilog)
+    parser.add_argument(
+        "--recipe",
+        default=None,
+        choices=sorted(RECIPES),
+        help="a complete configuration to start from",
+    )
+    add_config(parser)
     parser.add_argument(
         "--engine-arg",
         nargs="+",

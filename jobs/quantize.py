@@ -22,7 +22,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
-from jobs.flags import Flags, add_fields, file_layer
+from jobs.flags import Flags, add_config, add_fields, bare_parser, file_layer, told
 from phi4ray.config import validated
 from phi4ray.errors import ConfigError, Phi4rayError
 from phi4ray.gpus import GIB
@@ -57,12 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             tell(card_only(arguments), arguments.measured)
             return 0
         result = quantize(configuration(arguments), console)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except Phi4rayError as error:
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return told(error)
     console.print(
         f"{result.bytes_before / GIB:.3f} GiB → {result.bytes_after / GIB:.3f} GiB in "
         f"{result.seconds:.0f} s: {result.output}"
@@ -73,20 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     described, _, example = (__doc__ or "").partition("\n\n")
-    result = argparse.ArgumentParser(
-        "quantize.py",
-        description=described,
-        epilog=f"{example}\n{EXIT_CODES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
+    result = bare_parser("quantize.py", described, f"{example}\n{EXIT_CODES}")
+    add_config(result)
     add = result.add_argument
-    add(
-        "--config",
-        default=None,
-        metavar="FILE",
-        help="YAML with any of the configuration; flags win over it",
-    )
     add("--scheme", choices=get_args(Scheme), help="how weights and activations are stored")
     add(
         "--calibration",

@@ -30,9 +30,10 @@ from jobs.flags import (
     file_layer,
     local_model,
     new_parser,
+    told,
 )
 from phi4ray.config import EngineConfig
-from phi4ray.errors import ConfigError, Phi4rayError
+from phi4ray.errors import Phi4rayError
 from phi4ray.serve.autoscaling import AutoscalingPolicyConfig
 from phi4ray.serve.config import ServeConfig, serve_config
 from phi4ray.storage import normal
@@ -48,12 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = configuration(arguments)
         serve(config, arguments.host, arguments.port, console)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except Phi4rayError as error:
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return told(error)
     return 0
 
 
