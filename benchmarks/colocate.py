@@ -22,6 +22,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -40,6 +41,7 @@ from engines import ENGINES
 from rich.console import Console
 from rich.table import Table
 from serve_overhead import NAME, PORT, serve_vllm
+from servers import answering
 
 ROOT = Path(__file__).resolve().parent.parent
 URL = f"http://127.0.0.1:{PORT}"
@@ -250,7 +252,7 @@ class Bench:
             sys.executable, str(ROOT / "jobs/serve.py"), "--config", str(file), "--port", str(PORT),
         ]  # fmt: skip
         try:
-            with running(command, self._environment):
+            with answering(command, URL, self._environment):
                 yield
         finally:
             subprocess.run([*ray, "stop", "--force"], check=False, capture_output=True)
@@ -262,7 +264,7 @@ class Bench:
             sys.executable, __file__, "--engine", self._arguments.engine,
             "--serve-vllm", str(self._folder / "model"),
         ]  # fmt: skip
-        with running(command, dict(os.environ)):
+        with answering(command, URL, dict(os.environ)):
             yield
 
     @contextmanager
@@ -298,37 +300,9 @@ class Bench:
 
 
 def _address(said: str) -> str:
-    import re
-
     found = re.search(r"--address='([^']+)'", said)
     assert found, said
     return found[1]
-
-
-@contextmanager
-def running(command: list[str], environment: dict[str, str]) -> Iterator[None]:
-    """Have a server run; it answers inside the block."""
-    with tempfile.TemporaryFile() as log:
-        server = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-        try:
-            deadline = time.monotonic() + 600
-            while True:
-                with suppress(httpx.TransportError):
-                    if httpx.get(f"{URL}/v1/models").is_success:
-                        break
-                if server.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    raise SystemExit(f"it did not start:\n{log.read()[-3000:].decode()}")
-                time.sleep(0.5)
-            yield
-        finally:
-            server.send_signal(signal.SIGINT)
-            try:
-                server.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
 
 
 def quantiles(name: str, values: list[float]) -> dict[str, float]:

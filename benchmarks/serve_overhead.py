@@ -11,21 +11,19 @@ are compared.
 import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 from engines import ENGINES, make_model
 from rich.console import Console
 from rich.table import Table
+from servers import answering
 
 ROOT = Path(__file__).resolve().parent.parent
 PORT = 8123
@@ -109,27 +107,8 @@ def running(side: str, engine: str, model: str) -> Iterator[None]:
             sys.executable, str(ROOT / "jobs" / "serve.py"), "--model", model, "--port", str(PORT),
             "--served-model-name", NAME, "--max-replicas", "1", "--engine-arg", *pairs,
         ]  # fmt: skip
-    with tempfile.TemporaryFile() as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        try:
-            deadline = time.monotonic() + 600
-            while True:
-                try:
-                    if httpx.get(f"http://127.0.0.1:{PORT}/v1/models").is_success:
-                        break
-                except httpx.TransportError:
-                    pass
-                if server.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    raise SystemExit(f"{side} did not start:\n{log.read()[-3000:].decode()}")
-                time.sleep(0.5)
-            yield
-        finally:
-            server.send_signal(signal.SIGINT)
-            try:
-                server.wait(120)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
+    with answering(command, f"http://127.0.0.1:{PORT}", dict(os.environ)):
+        yield
 
 
 def serve_vllm(engine: str, model: Path) -> None:
