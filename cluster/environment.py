@@ -11,6 +11,8 @@ SERVING: Mapping[str, str] = {
     # The router looks at the beginning of a prompt.
     "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
     "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE": str(256 * 1024),
+    # A router on a busy node is slow, not gone: for one that is gone connecting fails.
+    "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_TIMEOUT_S": "20",
     # A replica that dies before the first byte of an answer has answered nobody: ask another,
     # which HAProxy can do for requests that fit its buffer.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response 503",

@@ -4,6 +4,7 @@ With HAProxy, the load balancer asks a `RoutePicker` for the replica of each POS
 then talks to that replica itself; the picker asks the router class by the deployment's handle.
 """
 
+import asyncio
 import json
 import logging
 from typing import Any
@@ -24,6 +25,9 @@ from phi4ray.serve.routing import Load, PrefixRouter, RoutingConfig
 # What HAProxy is told when there is no replica: one that it does not know either. It then asks
 # Serve's own proxy, which holds the request until autoscaling has started one.
 NOBODY = "none"
+# A pick takes milliseconds; one that waits, as in the moment in which a service of one replica is
+# replaced, waits better in Serve's own proxy, which has no limit to it: HAProxy has.
+PICK_TIMEOUT_S = 2
 
 logger = logging.getLogger(__name__)
 
@@ -86,10 +90,13 @@ class RoutePicker:
         if not self._handle.running_replicas_populated():
             return NOBODY
         try:
-            async with self._handle.choose_replica(request, _reserve=False) as selection:
+            async with (
+                asyncio.timeout(PICK_TIMEOUT_S),
+                self._handle.choose_replica(request, _reserve=False) as selection,
+            ):
                 return str(selection._replica.replica_id.to_full_id_str())
-        except (RuntimeError, DeploymentUnavailableError) as error:
-            logger.warning("no replica for a request: %s", error)
+        except (RuntimeError, TimeoutError, DeploymentUnavailableError) as error:
+            logger.warning("no replica for a request: %s", str(error) or "none is running")
             return NOBODY
 
 
