@@ -50,7 +50,7 @@ def main() -> None:
     if arguments.side:
         run_side(arguments.side, arguments.engine, arguments.folder)
         return
-    rows = arguments.rows or [{"cpu": 512, "h200": 4096}[arguments.engine]] * len(arguments.shapes)
+    rows = arguments.rows or [4096 if arguments.engine == "h200" else 512] * len(arguments.shapes)
     results = []
     for shape, count in zip(arguments.shapes, rows, strict=True):
         with tempfile.TemporaryDirectory(prefix="phi4ray-") as name:
@@ -143,7 +143,7 @@ def ours(
     from phi4ray.config import batch_config
 
     console = Console(stderr=True)
-    settings = engine | {"model": model} | ({"num_gpus": 0} if kind == "cpu" else {})
+    settings = engine | {"model": model} | ({} if kind == "h200" else {"num_gpus": 0})
     with tempfile.TemporaryDirectory(prefix="phi4ray-answers-") as output:
         config = batch_config(
             {
@@ -190,7 +190,7 @@ def ray_data_llm(
             detokenize_stage=False,
             **(
                 {"placement_group_config": {"bundles": [{"CPU": 1}]}, "accelerator_type": None}
-                if kind == "cpu"
+                if kind != "h200"
                 else {}
             ),
         )

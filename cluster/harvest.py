@@ -30,6 +30,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 EXCHANGE_S = 0.25
+IDLE_S = 1.0
+"""So often a replica without jobs asks for one."""
 LOST_S = 60.0
 """So long a driver waits for the actor in the middle to come back."""
 
@@ -88,7 +90,7 @@ async def host_shards(application: str, host: ShardHost) -> None:
         # A shard that is done is told at once, but not each of many small ones by itself.
         await asyncio.sleep(EXCHANGE_S / 10)
         try:
-            async with asyncio.timeout(EXCHANGE_S):
+            async with asyncio.timeout(EXCHANGE_S if host.working else IDLE_S):
                 await host.changed.wait()
         except TimeoutError:
             pass

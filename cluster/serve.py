@@ -66,15 +66,15 @@ class Phi4Replica:
         self._app = OnlineApp(self._replica, config)
         here = serve.get_replica_context()
         self._watch = asyncio.create_task(self._exit_with_the_engine())
-        self._sharing = asyncio.create_task(
-            share_limits(
-                config.name,
-                here.replica_id.unique_id,
-                self._app.gate.limiter,
-                config.autoscaling.widest[1],
+        if config.gate.keys_file is not None:
+            self._sharing = asyncio.create_task(
+                share_limits(
+                    config.name,
+                    here.replica_id.unique_id,
+                    self._app.gate.limiter,
+                    config.autoscaling.widest[1],
+                )
             )
-        )
-
         host = ShardHost(here.replica_id.unique_id, config.engine, self._replica, self._app.harvest)
         self._hosting = asyncio.create_task(host_shards(config.name, host))
 

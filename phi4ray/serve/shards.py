@@ -90,6 +90,11 @@ class ShardHost:
         self._failed: list[tuple[str, Phi4rayError]] = []
         self._leaving: set[asyncio.Task[None]] = set()
 
+    @property
+    def working(self) -> bool:
+        """Whether it takes part in a job."""
+        return bool(self._jobs)
+
     def report(self) -> Report:
         """What to tell the job table."""
         return Report(

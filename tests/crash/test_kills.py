@@ -20,8 +20,8 @@ from phi4ray.storage import join, storage_for
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.crash, pytest.mark.cluster, pytest.mark.timeout(900)]
 
-ROWS = 6000
-KILLS = 24
+ROWS = 3000
+KILLS = 21
 # One fatal kill after every few of workers: the job is then started again.
 FATAL = ("driver", "raylet", "gcs_server")
 
@@ -58,10 +58,10 @@ def test_every_row_has_one_answer_and_no_part_changes(
     fatal = 0
     while sum(killed.values()) < KILLS:
         with running(command, environment, log) as driver:
-            victims = ["worker"] * random_.randint(2, 4) + [FATAL[fatal % len(FATAL)]]
+            victims = ["worker"] * random_.randint(5, 7) + [FATAL[fatal % len(FATAL)]]
             for victim in victims:
                 wait_for_new_part(answers, seen, driver, log)
-                time.sleep(random_.uniform(0, 1.5))
+                time.sleep(random_.uniform(0, 0.7))
                 kill(driver, victim, log)
                 killed[victim] = killed.get(victim, 0) + 1
             driver.wait(120)
