@@ -17,6 +17,14 @@ settings.register_profile("phi4ray", deadline=None)
 settings.load_profile("phi4ray")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Side by side run those that share nothing of the machine: of Ray there is one at a time, and
+    # what a module has started, as an engine, serves all of its tests.
+    for item in items:
+        ray = item.get_closest_marker("cluster") is not None
+        item.add_marker(pytest.mark.xdist_group("cluster" if ray else item.path.stem))
+
+
 def pytest_unconfigure() -> None:
     # What ends after pytest, as vLLM's guards, would log to streams that are closed by then.
     logging.raiseExceptions = False
