@@ -10,7 +10,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export VLLM_NO_USAGE_STATS := 1
 
 # Two processes: the tests on Ray, which wait a lot, and beside them all others.
-BESIDE := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+BESIDE := --numprocesses 2 --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo circle serve test check lint format monitoring clean

@@ -4,11 +4,13 @@ import logging
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from hypothesis import settings
 from moto.server import ThreadedMotoServer
+from xdist.scheduler import LoadScopeScheduling
 
 from phi4ray.storage import s3
 
@@ -17,12 +19,16 @@ settings.register_profile("phi4ray", deadline=None)
 settings.load_profile("phi4ray")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Side by side run those that share nothing of the machine: of Ray there is one at a time, and
-    # what a module has started, as an engine, serves all of its tests.
-    for item in items:
-        ray = item.get_closest_marker("cluster") is not None
-        item.add_marker(pytest.mark.xdist_group("cluster" if ray else item.path.stem))
+class SideBySide(LoadScopeScheduling):  # type: ignore[misc]
+    """Of Ray there is one at a time; what a file has started, as an engine, serves its tests."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::", 1)[0]
+        return "ray" if file.startswith(("tests/cluster/", "tests/crash/")) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SideBySide:
+    return SideBySide(config, log)
 
 
 def pytest_unconfigure() -> None:
