@@ -16,7 +16,7 @@ import ray
 
 from cluster.shared import NAMESPACE, shared_actor
 from phi4ray.batch.executor import TICK_S, Executor, shards_in_flight
-from phi4ray.batch.jobtable import Job, JobTable, News, Orders, Report
+from phi4ray.batch.jobtable import Job, JobTable, News, Orders, Report, waits_for
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import Plan
 from phi4ray.batch.worker import WorkerStats
@@ -47,6 +47,10 @@ class JobBoard:
     def engine(self) -> EngineConfig | None:
         """What the replicas run, once one was heard of."""
         return self._table.engine
+
+    def open_shards(self, engine: EngineConfig, batch_replicas: int) -> int:
+        """See `JobTable.open_shards`."""
+        return self._table.open_shards(engine, batch_replicas, time.monotonic())
 
     def submit(self, job: Job, pending: Sequence[int]) -> None:
         """See `JobTable.submit`."""
@@ -101,7 +105,8 @@ class ServeExecutor:
     """A `phi4ray.batch.executor.Executor` on the replicas of a running application.
 
     `tasks` is what `map` runs on. `stopped` is asked at each tick: from when it gives an error,
-    that is what every row without an answer gets, see `ShardWorker.stop`.
+    that is what every row without an answer gets, see `ShardWorker.stop`. `say` is told in words
+    what a job waits for that no replica works on.
 
     Raises:
         ClusterError: no such application runs on the cluster that this process is connected to.
@@ -112,10 +117,12 @@ class ServeExecutor:
         application: str,
         tasks: Executor,
         stopped: Callable[[], RowError | None] = lambda: None,
+        say: Callable[[str], None] = logger.warning,
     ) -> None:
         self._application = application
         self._tasks = tasks
         self._stopped = stopped
+        self._say = say
         self._stats: Mapping[str, WorkerStats] = {}
         try:
             self._board = ray.get_actor(_board_name(application), NAMESPACE)
@@ -160,6 +167,7 @@ class ServeExecutor:
         self._ask("submit", job, list(todo))
         seen = 0
         stopping: RowError | None = None
+        waiting = ""
         try:
             while todo:
                 news: News | None = self._ask("poll", name, seen)
@@ -174,6 +182,10 @@ class ServeExecutor:
                         yield receipt
                 if news.failure is not None:
                     raise news.failure
+                if (waits := waits_for(self._application, news)) != waiting:
+                    waiting = waits
+                    if waiting:
+                        self._say(waiting)
                 if stopping is None:
                     if stopping := self._stopped():
                         self._ask("stop", name, stopping)

@@ -26,6 +26,7 @@ from ray.serve.schema import LoggingConfig
 
 from cluster.autoscaling import autoscaling_config, load_stats
 from cluster.batches import batch_runner
+from cluster.draining import follow_draining
 from cluster.harvest import host_shards
 from cluster.limits import share_limits
 from cluster.routing import KVRouter, route_picker
@@ -77,6 +78,7 @@ class Phi4Replica:
             )
         host = ShardHost(here.replica_id.unique_id, config.engine, self._replica, self._app.harvest)
         self._hosting = asyncio.create_task(host_shards(config.name, host))
+        self._draining = asyncio.create_task(follow_draining(here.replica_id, host.drain))
 
     async def _exit_with_the_engine(self) -> None:
         # Serve notices a dead process at once, and an unhealthy replica after three looks.
@@ -155,7 +157,7 @@ def application(config: ServeConfig) -> serve.Application:
         replicas = replicas.options(num_replicas=most)
     else:
         replicas = replicas.options(
-            num_replicas="auto", autoscaling_config=autoscaling_config(config.autoscaling)
+            num_replicas="auto", autoscaling_config=autoscaling_config(config)
         )
     beside = [batch_runner(config)] if config.batches is not None else []
     # One replica needs no choice, and its requests no hop to who makes it.

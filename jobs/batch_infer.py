@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with connected():
             executor: Executor = RayExecutor(console)
             if arguments.serve:
-                executor = on_service = ServeExecutor(arguments.serve, executor)
+                executor = on_service = ServeExecutor(arguments.serve, executor, say=console.print)
                 config = config.model_copy(update={"engine": on_service.engine()})
             if arguments.dry_run:
                 plan = obtain_plan(config, executor, dry_run=True)

@@ -28,6 +28,7 @@ from tests.manifests import (
     of_kind,
     overlay,
     schemas,
+    with_values,
 )
 
 pytestmark = [needs_kustomize, pytest.mark.slow]
@@ -129,19 +130,8 @@ def test_templates_and_values_are_not_applied() -> None:
 
 
 def test_values_can_be_kept_outside_of_this_repository(tmp_path: Path) -> None:
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    patch = {
-        "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "values"},
-        "data": {"image": "here/phi4ray:1", "ingressNamespace": "edge"},
-    }  # fmt: skip
-    component = {
-        "apiVersion": "kustomize.config.k8s.io/v1alpha1", "kind": "Component",
-        "patches": [{"path": "values.yaml"}],
-    }  # fmt: skip
-    (mine / "values.yaml").write_text(yaml.safe_dump(patch))
-    (mine / "kustomization.yaml").write_text(yaml.safe_dump(component))
-    objects = composed(tmp_path, "mine")
+    values = {"image": "here/phi4ray:1", "ingressNamespace": "edge"}
+    objects = with_values(tmp_path, "h200/service", **values)
     [cluster] = clusters(objects)
     assert {container(group)["image"] for group in groups(cluster)} == {"here/phi4ray:1"}
     assert "'kubernetes.io/metadata.name': 'edge'" in str(of_kind(objects, "NetworkPolicy"))

@@ -67,6 +67,9 @@ class Replica:
             self._host.obey(report, self._table().exchange(report, time.monotonic()))
             await asyncio.sleep(0.01)
 
+    def drain(self, draining: bool = True) -> None:
+        self._host.drain(draining)
+
     def kill(self) -> None:
         """Its process is gone: nothing it does from now on counts."""
         self._task.cancel()
@@ -255,6 +258,43 @@ def test_a_burst_of_online_requests_stops_batch_and_no_row_becomes_an_error(
     assert seen[:2] == [0, 0]
     assert seen[2] > 0
     assert {row["attempts"] for row in rows} == {1}
+
+
+def test_a_draining_replica_gives_all_its_rows_up_at_once_and_another_one_answers_them(
+    tmp_path: Path, fleet: Callable[..., Fleet]
+) -> None:
+    drained: list[tuple[int, int]] = []
+
+    async def scenario(on: Fleet) -> None:
+        leaving = on.start(latency_s=30)
+        while not leaving.engine.kv().running:
+            await asyncio.sleep(0.005)
+        begun = len(leaving.engine.bodies)
+        other = on.start()
+        leaving.drain()
+        while not other.engine.bodies or leaving.engine.kv().running:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.1)
+        drained.append((len(leaving.engine.bodies) - begun, leaving.harvest.rows))
+
+    rows = finish(planned(tmp_path, 200), fleet(scenario))
+    assert [row["n"] for row in rows] == list(range(200))
+    assert drained == [(0, 0)]
+
+
+def test_a_replica_that_does_not_drain_after_all_works_on(
+    tmp_path: Path, fleet: Callable[..., Fleet]
+) -> None:
+    async def scenario(on: Fleet) -> None:
+        replica = on.start(latency_s=0.01)
+        while len(replica.engine.bodies) < 50:
+            await asyncio.sleep(0.005)
+        replica.drain()
+        await asyncio.sleep(0.1)
+        replica.drain(False)
+
+    rows = finish(planned(tmp_path, 200), fleet(scenario))
+    assert [row["n"] for row in rows] == list(range(200))
 
 
 def test_waiting_for_slack_is_not_under_the_timeout_of_a_row(
