@@ -18,7 +18,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
 from cluster.batch import RayExecutor
-from cluster.harvest import ServeExecutor
+from cluster.harvest import Board
 from cluster.local import connected
 from cluster.metrics import JobMetrics
 from jobs.flags import (
@@ -71,8 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with connected():
             executor: Executor = RayExecutor(console)
             if arguments.serve:
-                executor = on_service = ServeExecutor(arguments.serve, executor, say=console.print)
-                config = config.model_copy(update={"engine": on_service.engine()})
+                board = Board(arguments.serve)
+                executor = board.executor(executor, say=console.print)
+                config = config.model_copy(update={"engine": board.engine()})
             if arguments.dry_run:
                 plan = obtain_plan(config, executor, dry_run=True)
                 gpu = find_recipe(arguments.recipe).gpu if arguments.recipe else None
