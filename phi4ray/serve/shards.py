@@ -174,7 +174,8 @@ class ShardHost:
         name = running.job.name
         try:
             worker = await asyncio.shield(running.worker)
-            self._finished.append((name, await worker.run(shard)))
+            receipt = await worker.run(shard)  # `obey` replaces the list meanwhile
+            self._finished.append((name, receipt))
         except EngineDeadError:
             return  # this process is about to end, and another replica has the shard then
         except Phi4rayError as error:
