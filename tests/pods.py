@@ -240,7 +240,9 @@ class Cluster:
             yield
         finally:
             for process in processes:
-                for one in psutil.Process(process.pid).children(recursive=True):
+                # Not asked to end, which Ray would do with all its care, one node after another.
+                found = psutil.Process(process.pid)
+                for one in [*found.children(recursive=True), found]:
                     with contextlib.suppress(psutil.Error):  # it went with another one
                         one.kill()
                 process.wait(30)
