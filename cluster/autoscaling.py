@@ -36,6 +36,7 @@ class OpenShards:
         self._application = application
         self._engine = engine
         self._batch_replicas = batch_replicas
+        self._board: Any = None
         self._asked_s = 0.0
         self._answer: Future[int] | None = None
         self._known = 0
@@ -47,11 +48,13 @@ class OpenShards:
                 self._known = self._answer.result()
             except ray.exceptions.RayError:
                 logger.warning("the actor of batch jobs is away")
+                self._board = None
             self._answer = None
         if self._answer is None and now_s - self._asked_s >= STATS_S:
             self._asked_s = now_s
-            board = job_board(self._application)
-            self._answer = board.open_shards.remote(self._engine, self._batch_replicas).future()
+            self._board = self._board or job_board(self._application)
+            asked = self._board.open_shards.remote(self._engine, self._batch_replicas)
+            self._answer = asked.future()
         return self._known
 
 

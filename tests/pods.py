@@ -33,12 +33,12 @@ needs_namespaces = pytest.mark.skipif(
     reason="mount namespaces are not allowed here",
 )
 
-# The root of a container: all of this machine by links, and the mounts of $1 ("from to" lines) in
-# their places; then $2 is the working directory and the rest is run.
+# The root of a container, at the folder $1: all of this machine by links, and the mounts of $2
+# ("from to" lines) in their places; then $3 is the working directory and the rest is run.
 ENTER = r"""
 set -e
-root=$(mktemp -d) mounts=$1 folder=$2
-shift 2
+root=$1 mounts=$2 folder=$3
+shift 3
 mount -t tmpfs tmpfs "$root"
 mkdir "$root/.host"
 mount --rbind / "$root/.host"
@@ -118,12 +118,13 @@ class Pod:
         objects: list[Object],
         group: Object,
         ip: str,
-        volumes: Mapping[str, Path],
+        cache: Path,
         secrets: Mapping[str, Mapping[str, str]],
         environment: Mapping[str, str],
     ) -> None:
         self.ip, self.group, self.folder = ip, group, folder
-        (folder / "tmp").mkdir(parents=True)
+        for name in ("root", "tmp"):
+            (folder / name).mkdir(parents=True)
         self._ray = container(group)
         mounts = {
             str(Path(sys.prefix)): "/venv",
@@ -137,10 +138,10 @@ class Pod:
         sources = {one["name"]: one for one in group["template"]["spec"]["volumes"]}
         for mount in self._ray["volumeMounts"]:
             source = sources[mount["name"]]
-            if (path := self._volume(source, objects, volumes)) is not None:
-                mounts[str(path)] = mount["mountPath"]
+            if (found := self._volume(source, objects, cache)) is not None:
+                mounts[str(found)] = mount["mountPath"]
         self._mounts = "\n".join(f"{path} {to}" for path, to in mounts.items())
-        # Of what is in the image already, the manifest's value holds.
+        # The later one holds, as in a pod.
         self.environment = {**image_environment("cpu"), "PYTHONPATH": "/site", "HOME": "/home/ray"}
         for one in self._ray["envFrom"]:
             assert one["secretRef"]["optional"] is True
@@ -148,13 +149,11 @@ class Pod:
         self.environment |= {one["name"]: one["value"] for one in self._ray["env"]}
         self.environment |= environment
 
-    def _volume(
-        self, source: Object, objects: list[Object], volumes: Mapping[str, Path]
-    ) -> Path | None:
+    def _volume(self, source: Object, objects: list[Object], cache: Path) -> Path | None:
         """Where a volume's files are; None for one that every machine has, or that is empty."""
         match source:
-            case {"persistentVolumeClaim": {"claimName": str(name)}}:
-                return volumes[name]
+            case {"persistentVolumeClaim": {"claimName": "phi4ray-cache"}}:
+                return cache
             case {"configMap": {"name": str(name)}}:
                 [settings] = [
                     item
@@ -173,11 +172,11 @@ class Pod:
     def start(self, *command: str) -> "subprocess.Popen[bytes]":
         """Start a command in the container; what it says is in the pod's folder."""
         variables = [f"{name}={value}" for name, value in self.environment.items()]
-        inside = ["env", "--ignore-environment", *variables, *command]
+        enter = [*UNSHARE, "sh", "-c", ENTER, "sh", str(self.folder / "root"), self._mounts]
+        inside = ["/home/ray", "env", "--ignore-environment", *variables, *command]
         with (self.folder / "log").open("ab") as log:
             return subprocess.Popen(
-                [*UNSHARE, "sh", "-c", ENTER, "sh", self._mounts, "/home/ray", *inside],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                [*enter, *inside], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env={"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"},
             )  # fmt: skip
 
@@ -191,15 +190,15 @@ class Pod:
         log = self.folder / "log"
         return log.read_text(errors="replace") if log.exists() else ""
 
-    def probe(self, name: str) -> int:
-        """The status that kubelet is told at a probe; 0 where nobody listens."""
+    def passes(self, name: str) -> bool:
+        """Ask what kubelet asks, and without a token as it does."""
         get = self._ray[name]["httpGet"]
         ports = {one["name"]: one["containerPort"] for one in self._ray["ports"]}
         port = ports.get(get["port"], get["port"])
         try:
-            return httpx.get(f"http://{self.ip}:{port}{get['path']}", timeout=5).status_code
+            return httpx.get(f"http://{self.ip}:{port}{get['path']}", timeout=5).is_success
         except httpx.TransportError:
-            return 0
+            return False
 
 
 class Cluster:
@@ -215,7 +214,6 @@ class Cluster:
     ) -> None:
         cache = folder / "cache"
         cache.mkdir(parents=True)
-        self.cache = cache
         assert cluster["authOptions"] == {"mode": "token"}
         added = {
             "RAY_ADDRESS": ADDRESS, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN,
@@ -223,8 +221,7 @@ class Cluster:
         }  # fmt: skip
 
         def pod(name: str, group: Object, ip: str) -> Pod:
-            volumes = {"phi4ray-cache": cache}
-            return Pod(image, folder / name, objects, group, ip, volumes, secrets, added)
+            return Pod(image, folder / name, objects, group, ip, cache, secrets, added)
 
         self.head = pod("head", cluster["headGroupSpec"], HEAD)
         self.worker = pod("worker", cluster["workerGroupSpecs"][0], WORKER)
@@ -236,11 +233,13 @@ class Cluster:
         try:
             for pod, options in ((self.head, ["--head"]), (self.worker, [f"--address={ADDRESS}"])):
                 processes.append(pod.start("ray", "start", *options, *ray_start(pod)))
-                until(120, partial(alive, pod), pod.log)
+                until(120, partial(pod.passes, "livenessProbe"), pod.log)
             yield
         finally:
             for process in processes:
-                for one in psutil.Process(process.pid).children(recursive=True):
+                # Not asked to end, which Ray would do with all its care, one node after another.
+                found = psutil.Process(process.pid)
+                for one in [*found.children(recursive=True), found]:
                     with contextlib.suppress(psutil.Error):  # it went with another one
                         one.kill()
                 process.wait(30)
@@ -249,10 +248,6 @@ class Cluster:
         """Run a job as the submitter's pod does: its shell reads the entrypoint first."""
         submit = f"ray job submit --address {DASHBOARD} --submission-id {name} -- {entrypoint}"
         return self.head.run("bash", "-c", submit, timeout_s=300)
-
-
-def alive(pod: Pod) -> bool:
-    return pod.probe("livenessProbe") == 200 and pod.probe("readinessProbe") in (200, 0)
 
 
 def ray_start(pod: Pod) -> list[str]:

@@ -153,7 +153,6 @@ class JobTable:
         if entry is None:
             return None
         entry.heard_s = now_s
-        self._forget_the_silent(now_s)
         # What was received need not be kept.
         del entry.receipts[: seen - entry.seen]
         entry.seen = seen
@@ -162,7 +161,7 @@ class JobTable:
             len(entry.leases),
             dict(entry.stats),
             entry.failure,
-            len(self._replicas),
+            sum(now_s - at <= SILENT_S for at in self._replicas.values()),
             self._batch_replicas,
         )
 
@@ -173,11 +172,12 @@ class JobTable:
         them batch may start or keep.
         """
         self.engine, self._batch_replicas = engine, batch_replicas
-        self._forget_the_silent(now_s)
         return sum(
             len(entry.pending) + len(entry.leases)
             for entry in self._jobs.values()
             if entry.failure is None
+            and entry.stop is None
+            and now_s - entry.heard_s <= DRIVER_SILENT_S
         )
 
     def stop(self, name: str, error: RowError) -> None:

@@ -62,8 +62,8 @@ def test_the_job_of_a_rayjob_answers_all_rows_and_a_retry_of_it_none_again(
     secrets = {"phi4ray-object-store": DOCUMENTED}
     cluster = Cluster(image, tmp_path / "pods", objects, job["rayClusterSpec"], secrets)
     with cluster.running():
-        assert cluster.head.probe("readinessProbe") == 200
-        assert cluster.worker.probe("readinessProbe") == 200
+        assert cluster.head.passes("readinessProbe")
+        assert cluster.worker.passes("readinessProbe")
         code, said = cluster.submit("first", job["entrypoint"])
         assert code == 0, said
         done = parts(answers)
@@ -96,12 +96,12 @@ def test_the_application_of_a_rayservice_answers_a_chat(image: Path, tmp_path: P
             return state
 
         # A worker without a replica gets no requests, and is not restarted for it.
-        assert cluster.worker.probe("readinessProbe") != 200
-        assert cluster.worker.probe("livenessProbe") == 200
+        assert not cluster.worker.passes("readinessProbe")
+        assert cluster.worker.passes("livenessProbe")
         # As KubeRay deploys it.
         dashboard.put("/api/serve/applications/", json=deployed).raise_for_status()
         until(240, lambda: status() == "RUNNING", cluster.worker.log)
-        until(30, lambda: cluster.worker.probe("readinessProbe") == 200, cluster.worker.log)
+        until(30, lambda: cluster.worker.passes("readinessProbe"), cluster.worker.log)
         body = {
             "model": "microsoft/phi-4", "max_tokens": 8,
             "messages": [{"role": "user", "content": "Hello"}],

@@ -170,7 +170,10 @@ def test_shards_are_open_until_they_are_answered_or_nobody_wants_them() -> None:
     assert found.open_shards(ENGINE, 1, 101 + DRIVER_SILENT_S) == 0
 
 
-def test_the_shards_of_a_job_that_failed_are_not_open() -> None:
+def test_the_shards_of_a_job_that_failed_or_was_stopped_are_not_open() -> None:
+    stopped = table(0, 1)
+    stopped.stop("job", RowError("batch_cancelled", "cancelled"))
+    assert stopped.open_shards(ENGINE, 1, 100) == 0
     found = table(0, 1)
     Replica(found, "a").exchange(100)
     Replica(found, "a").exchange(100, failed=(("job", InputError("gone")),))
