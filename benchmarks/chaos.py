@@ -51,8 +51,16 @@ SETTLED_S = 30.0
 """A driver's memory is compared with what it was when it had run for so long."""
 MOST_GROWTH_MIB = 64.0
 
-# Of a hundred faults.
-WEIGHTS = {"worker": 40, "raylet": 20, "driver": 15, "head": 10, "store": 8, "disk": 7}
+ROWS_TO_JUDGE_BY = 100_000
+"""What a few killed workers had open is more than 1% of fewer rows."""
+
+# Of a hundred faults; engines have processes of their own with `--engine cpu`.
+WEIGHTS = {
+    "worker": 40, "raylet": 20, "driver": 15, "head": 10, "store": 8, "disk": 7, "engine": 20,
+}  # fmt: skip
+PROCESSES = {
+    "worker": "ShardWorker", "raylet": "raylet", "head": "gcs_server", "engine": "EngineCore",
+}  # fmt: skip
 
 
 @dataclass
@@ -181,7 +189,8 @@ class Campaign:
         disk: Path | None,
     ) -> None:
         random_ = random.Random(arguments.seed)
-        kinds = [kind for kind in WEIGHTS if kind != "disk" or disk is not None]
+        missing = {"disk": disk is None, "engine": arguments.engine == "fake"}
+        kinds = [kind for kind in WEIGHTS if not missing.get(kind)]
         # Each kind at least once.
         drawn = random_.choices(kinds, [WEIGHTS[kind] for kind in kinds], k=arguments.kills)
         drawn[: len(kinds)] = kinds[: len(drawn)]
@@ -257,10 +266,9 @@ class Campaign:
             self._ballast_until = time.monotonic() + DISK_FULL_S
             return True
         if kind == "head":
-            return self._nodes.head.kill("gcs_server")
+            return self._nodes.head.kill(PROCESSES[kind])
         nodes = self._random.sample(self._nodes.others, len(self._nodes.others))
-        name = "raylet" if kind == "raylet" else "ShardWorker"
-        return any(node.kill(name) for node in nodes)
+        return any(node.kill(PROCESSES[kind]) for node in nodes)
 
     def _free_disk(self, *, now: bool = False) -> None:
         if self._ballast_until is not None and (now or time.monotonic() > self._ballast_until):
@@ -353,10 +361,11 @@ def report(
         "no row is lost": not found.lost,
         "no row is there twice": not found.duplicates,
         "every row is right": not found.wrong,
-        "at most 1% given in vain": 0 <= in_vain <= MOST_IN_VAIN,
         "the driver's memory is flat": growth <= MOST_GROWTH_MIB,
         "all faults were done": not campaign.planned,
     }
+    if rows >= ROWS_TO_JUDGE_BY:
+        checks["at most 1% given in vain"] = 0 <= in_vain <= MOST_IN_VAIN
     for name, holds in checks.items():
         console.print(f"{'pass' if holds else 'FAIL'}  {name}")
     return all(checks.values())

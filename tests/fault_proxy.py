@@ -195,6 +195,9 @@ def fault_proxy(upstream: str) -> Iterator[FaultProxy]:
     class Server(ThreadingHTTPServer):
         daemon_threads = True
 
+        def shutdown_request(self, request: Any) -> None:
+            self.close_request(request)  # without a FIN first: it is a reset if it shall be one
+
         def handle_error(self, *_: Any) -> None:
             """A client that goes away in the middle of an answer is what these tests are about."""
 
