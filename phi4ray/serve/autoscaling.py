@@ -224,8 +224,9 @@ def decide(
         backlog = sum(max(0.0, tokens - aim) for tokens in held) / (per_s * config.drain_s)
 
     asked = any(held) or arrived >= QUIET_TOKENS_PER_S or held_requests > 0
-    asked_s = now_s if asked else float(state.get("asked_s", now_s))
-    since_s = float(state.get("since_s", now_s))
+    # Nothing was later than now: the clock was set back, and what is known begins again.
+    asked_s = now_s if asked else min(now_s, float(state.get("asked_s", now_s)))
+    since_s = min(now_s, float(state.get("since_s", now_s)))
     longest_s = max(
         NOISE_WINDOWS * config.trend_s, config.upscale_delay_s, config.downscale_delay_s
     )
