@@ -231,8 +231,9 @@ def decide(
     asked = any(held) or arrived >= QUIET_TOKENS_PER_S or held_requests > 0
     batch = open_shards > 0 or any(load.batch_rows for load in loads)
     budget = config.batch_replicas if batch else 0
-    asked_s = now_s if asked or budget else float(state.get("asked_s", now_s))
-    since_s = float(state.get("since_s", now_s))
+    # Nothing was later than now: the clock was set back, and what is known begins again.
+    asked_s = now_s if asked or budget else min(now_s, float(state.get("asked_s", now_s)))
+    since_s = min(now_s, float(state.get("since_s", now_s)))
     longest_s = max(
         NOISE_WINDOWS * config.trend_s, config.upscale_delay_s, config.downscale_delay_s
     )

@@ -116,6 +116,14 @@ def test_caches_that_are_too_small_for_the_slowdown_bound_the_target() -> None:
     assert Fleet(small).settle(1.3) == 3
 
 
+def test_a_clock_that_is_set_back_stops_no_scaling() -> None:
+    fleet = Fleet(policy(downscale_delay_s=60))
+    for work, replicas in [(0.5, 1), (3.3, 5), (0.5, 1)]:
+        fleet.now -= 86400
+        fleet.ready_at = [at - 86400 for at in fleet.ready_at]
+        assert fleet.settle(work) == replicas
+
+
 def test_headroom_is_free_capacity_beside_what_the_targets_ask_for() -> None:
     assert Fleet(policy(headroom_replicas=0.75)).settle(0.3) == 2
 
