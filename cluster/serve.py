@@ -27,6 +27,7 @@ from ray.serve.schema import LoggingConfig
 from cluster.autoscaling import autoscaling_config, load_stats
 from cluster.batches import batch_runner
 from cluster.draining import follow_draining
+from cluster.gpus import cluster_gpus
 from cluster.harvest import host_shards
 from cluster.limits import share_limits
 from cluster.routing import KVRouter, route_picker
@@ -34,6 +35,7 @@ from phi4ray.config import EngineConfig
 from phi4ray.engines import make_replica
 from phi4ray.errors import EngineDeadError, EngineStartError
 from phi4ray.exporter import export_metrics
+from phi4ray.fit import refuse_misfit
 from phi4ray.serve.app import OnlineApp
 from phi4ray.serve.autoscaling import ReplicaLoad
 from phi4ray.serve.config import ServeConfig, serve_config
@@ -181,9 +183,13 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     `args` are what `phi4ray.serve.config.serve_config` takes.
 
     Raises:
-        ConfigError: names every field that is wrong.
+        ConfigError: names every field that is wrong, or the engine does not fit on the cards of
+            the nodes that are up.
     """
-    return application(serve_config(args))
+    config = serve_config(args)
+    if ray.is_initialized():  # Serve builds it on the cluster
+        refuse_misfit(config.engine, cluster_gpus())
+    return application(config)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
 from cluster.batch import RayExecutor
+from cluster.gpus import cluster_gpus
 from cluster.harvest import Board
 from cluster.local import connected
 from cluster.metrics import JobMetrics
@@ -25,6 +26,8 @@ from jobs.flags import (
     ENGINE_FLAGS,
     Flags,
     add_fields,
+    add_gpu,
+    cards_of,
     engine_layer,
     file_layer,
     local_model,
@@ -39,6 +42,7 @@ from phi4ray.batch.run import run_batch
 from phi4ray.batch.summary import print_summary
 from phi4ray.config import BatchConfig, Endpoint, EngineConfig, OutputFormat, batch_config
 from phi4ray.errors import ConfigError, Phi4rayError
+from phi4ray.fit import refuse_misfit
 from phi4ray.recipes import find_recipe
 
 EXIT_CODES = """\
@@ -74,10 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 board = Board(arguments.serve)
                 executor = board.executor(executor, say=console.print)
                 config = config.model_copy(update={"engine": board.engine()})
+            planned_for = cards_of(arguments, cluster_gpus())
+            if not arguments.serve:  # whose replicas run already
+                refuse_misfit(config.engine, planned_for)
             if arguments.dry_run:
                 plan = obtain_plan(config, executor, dry_run=True)
-                gpu = find_recipe(arguments.recipe).gpu if arguments.recipe else None
-                describe_plan(config, plan, console, gpu=gpu)
+                describe_plan(config, plan, console, planned_for)
                 return 0
             summary = run_batch(config, executor, console, JobMetrics(config.output).publish)
     except Phi4rayError as error:
@@ -121,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
         help="run on the replicas of this Serve application, in what online traffic leaves",
     )
     add("--dry-run", action="store_true", default=False, help="print the plan and write nothing")
+    add_gpu(result)
     add_fields(result, "job", JOB_FLAGS, BatchConfig)
     add_fields(result, "engine", ENGINE_FLAGS, EngineConfig)
     return result

@@ -27,6 +27,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
 from jobs.demo import ROOT, WORK, embedded_s3
+from jobs.flags import told
 from phi4ray.errors import EngineStartError, IncompleteOutputError, Phi4rayError
 from phi4ray.storage import copy_tree, join, storage_for, upload_tree
 from phi4ray.train.curve import HISTORY_NAME, decode_history
@@ -70,11 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(batch(console, problems))
             rows.append(serve(console, tuned, problems[:5], arguments.port))
     except subprocess.CalledProcessError as error:
-        console.print(f"{' '.join(map(str, error.cmd[1:3]))} … ended with {error.returncode}")
+        ended = f"{' '.join(map(str, error.cmd[1:3]))} … ended with {error.returncode}"
+        print(f"error: {ended}", file=sys.stderr)
         return error.returncode
     except Phi4rayError as error:
-        console.print(f"error: {type(error).__name__}: {error}")
-        return 1
+        return told(error)
     table = Table("step", "result", "seconds", title="the circle", title_justify="left")
     for name, result, seconds in rows:
         table.add_row(name, result, f"{seconds:.0f}")

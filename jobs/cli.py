@@ -37,6 +37,7 @@ from phi4ray.batch.submission import (
 )
 from phi4ray.cli import AsJson, app, exit_codes, new_console
 from phi4ray.errors import ClusterError, ConfigError, Phi4rayError
+from phi4ray.fit import refuse_misfit
 from phi4ray.storage import normal
 
 if TYPE_CHECKING:  # Ray takes seconds to import: only commands that need it do
@@ -88,6 +89,8 @@ def submit(
     with exit_codes():
         arguments = parser().parse_args(context.args)
         config = configuration(arguments)  # what is wrong is said before anything starts
+        if arguments.gpu and not arguments.serve:
+            refuse_misfit(config.engine, [arguments.gpu])
         # The job runs in another folder.
         arguments.input = [normal(uri) for uri in config.input]
         arguments.output = normal(config.output)

@@ -11,7 +11,9 @@ from pydantic import BaseModel
 
 from phi4ray.config import EngineConfig, load_yaml
 from phi4ray.errors import ConfigError, Phi4rayError
-from phi4ray.recipes import RECIPES
+from phi4ray.fit import cards
+from phi4ray.gpus import GPUS
+from phi4ray.recipes import RECIPES, find_recipe
 
 # Flags that set one field of a configuration each: their names, types and defaults are there.
 Flags = Mapping[str, type]
@@ -77,6 +79,27 @@ def new_parser(program: str, description: str, epilog: str) -> argparse.Argument
         help="any argument of `vllm serve` by its Python name, as max_num_seqs=512",
     )
     return parser
+
+
+def add_gpu(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that `cards_of` reads."""
+    parser.add_argument(
+        "--gpu",
+        default=None,
+        metavar="CARD",
+        help=f"what replicas run on, to plan their memory: {', '.join(GPUS)} "
+        "[the cluster's, else the recipe's]",
+    )
+
+
+def cards_of(arguments: argparse.Namespace, cluster: Sequence[str]) -> tuple[str, ...]:
+    """The cards to plan for, by --gpu, the cluster's nodes and --recipe, the first that knows.
+
+    Raises:
+        ConfigError: --gpu names none of the catalogue.
+    """
+    recipe = find_recipe(arguments.recipe).gpu if arguments.recipe else None
+    return cards(arguments.gpu, cluster, recipe)
 
 
 def add_fields(

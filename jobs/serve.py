@@ -26,6 +26,8 @@ from jobs.flags import (
     ENGINE_FLAGS,
     Flags,
     add_fields,
+    add_gpu,
+    cards_of,
     engine_layer,
     file_layer,
     local_model,
@@ -34,6 +36,7 @@ from jobs.flags import (
 )
 from phi4ray.config import EngineConfig
 from phi4ray.errors import Phi4rayError
+from phi4ray.fit import refuse_misfit
 from phi4ray.serve.autoscaling import AutoscalingPolicyConfig
 from phi4ray.serve.config import ServeConfig, serve_config
 from phi4ray.storage import normal
@@ -48,38 +51,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(soft_wrap=True, highlight=False, markup=False)
     try:
         config = configuration(arguments)
-        serve(config, arguments.host, arguments.port, console)
+        serve(config, arguments, console)
     except Phi4rayError as error:
         return told(error)
     return 0
 
 
-def serve(config: ServeConfig, host: str, port: int, console: Console) -> None:
+def serve(config: ServeConfig, arguments: argparse.Namespace, console: Console) -> None:
     """Deploy, say where, wait for a signal, drain and go.
 
     Raises:
+        ConfigError: the engine does not fit on the cluster's cards; nothing was deployed.
         EngineStartError: no replica can start.
     """
+    host, port = arguments.host, arguments.port
     local = "RAY_ADDRESS" not in os.environ
     if local:
         for name, value in SERVING.items():
             os.environ.setdefault(name, value)
     # Ray Serve reads the environment when it is imported.
+    from cluster.gpus import cluster_gpus
     from cluster.local import connected
     from cluster.serve import deployed
 
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    with connected(local=local), deployed(config, host, port):
-        console.print(f"{config.engine.model_name} answers at http://{host}:{port}/v1")
-        if config.batches is not None:
-            console.print(f"files and batches are kept in {config.batches.store}")
-        if config.gate.keys_file is None:
-            who = "who can reach this machine" if host not in LOCAL else "on this machine"
-            console.print(f"without API keys: to everyone {who}; see gate.keys_file")
-        stop.wait()
-        console.print("stopping; running answers finish first")
+    with connected(local=local):
+        refuse_misfit(config.engine, cards_of(arguments, cluster_gpus()))
+        with deployed(config, host, port):
+            console.print(f"{config.engine.model_name} answers at http://{host}:{port}/v1")
+            if config.batches is not None:
+                console.print(f"files and batches are kept in {config.batches.store}")
+            if config.gate.keys_file is None:
+                who = "who can reach this machine" if host not in LOCAL else "on this machine"
+                console.print(f"without API keys: to everyone {who}; see gate.keys_file")
+            stop.wait()
+            console.print("stopping; running answers finish first")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -88,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     result = new_parser("serve.py", described, example)
     result.add_argument("--host", default="127.0.0.1", help="address to listen on [127.0.0.1]")
     result.add_argument("--port", type=int, default=8000, help="port to listen on [8000]")
+    add_gpu(result)
     result.add_argument(
         "--batches",
         default=None,

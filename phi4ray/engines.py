@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -15,8 +17,12 @@ MODEL_CACHE = "PHI4RAY_MODEL_CACHE"
 """Environment variable: where models from s3:// are kept on a node."""
 
 
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+"""What files of weights are called; all the others of a checkpoint are small."""
+
+
 def make_replica(config: EngineConfig) -> OnlineReplica:
-    """A replica that is not started yet; its model is on this machine or on the hub.
+    """A replica that is not started yet; what its engine reads from files is on this machine.
 
     The engine's environment is set before vLLM is imported, because parts of it are read then.
 
@@ -27,11 +33,29 @@ def make_replica(config: EngineConfig) -> OnlineReplica:
         return FakeReplica(config)
     os.environ.update(config.env)
     if config.model.startswith("s3://"):
-        here = {"model": on_this_machine(config.model), "served_model_name": config.model_name}
-        config = config.model_copy(update=here)
+        config = _from_store(config)
     from phi4ray.replica import VllmReplica
 
     return VllmReplica(config)
+
+
+def _from_store(config: EngineConfig) -> EngineConfig:
+    """The engine's configuration with the folder of its model's copy on this machine.
+
+    With vLLM's `runai_streamer`, weights are no part of it: vLLM streams them to the device.
+    """
+    uri = config.model
+    changes: dict[str, Any] = {"served_model_name": config.model_name}
+    if config.load_format.startswith("runai_streamer"):
+        if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
+            os.environ.setdefault("RUNAI_STREAMER_S3_ENDPOINT", endpoint)
+            # Buckets of other servers than AWS's seldom have host names of their own.
+            os.environ.setdefault("RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING", "0")
+        folder = download(uri, wanted=lambda name: not name.endswith(WEIGHTS))
+        changes["engine_args"] = {"model_weights": uri, **config.engine_args}
+    else:
+        folder = download(uri)
+    return config.model_copy(update={**changes, "model": str(folder)})
 
 
 def on_this_machine(model: str) -> str:
@@ -43,10 +67,14 @@ def on_this_machine(model: str) -> str:
     return str(download(model)) if model.startswith("s3://") else model
 
 
-def download(uri: str) -> Path:
-    """Copy a checkpoint to this node, once for all its processes."""
+def download(uri: str, wanted: Callable[[str], bool] = lambda name: True) -> Path:
+    """Copy a checkpoint to this node, once for all its processes; others wait for the first.
+
+    `wanted` is asked of each name below the URI.
+    """
     root = Path(os.environ.get(MODEL_CACHE) or Path.home() / ".cache" / "phi4ray" / "models")
     folder = root / hashlib.sha256(uri.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
+    # The kernel lets go of the lock of a process that dies; the next one goes on with the copy.
     with FileLock(f"{folder}.lock"):
-        return copy_tree(uri, folder)
+        return copy_tree(uri, folder, wanted)

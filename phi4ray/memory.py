@@ -302,15 +302,27 @@ def _remedies(p: Placement, plan: MemoryPlan) -> Iterator[str]:
             changes[f"tensor_parallel_size={tp}"] = {
                 "tensor_parallel_size": tp, "weight_bytes": None, "activation_bytes": None,
             }  # fmt: skip
+    fitting = [text for text, change in changes.items() if _fits(p, change)]
+    if not fitting:  # the most that settings can do without another card
+        least = small | {
+            "max_num_batched_tokens": 2048, "max_num_seqs": 8, "activation_bytes": None,
+            "gpu_memory_utilization": 0.95, "kv_cache_memory_bytes": None,
+        }  # fmt: skip
+        longest = min(_longest(dataclasses.replace(p, **least)), plan.max_model_len)
+        if longest >= MIN_CONTEXT:
+            fitting.append(
+                "4-bit weights (w4a16) with gpu_memory_utilization=0.95, max_num_batched_tokens="
+                f"2048, max_num_seqs=8 and max_model_len={longest}"
+            )
     larger = sorted((gpu.total_bytes, key) for key, gpu in GPUS.items())
-    fitting = [
-        (f"a GPU of the size of {key}", {"gpu_bytes": size})
-        for size, key in larger
-        if _budget(dataclasses.replace(p, gpu_bytes=size)).fits
-    ]
-    for text, change in [*changes.items(), *fitting[:1]]:
-        if _budget(dataclasses.replace(p, **change)).fits:
-            yield text
+    card = next((key for size, key in larger if _fits(p, {"gpu_bytes": size})), None)
+    yield from fitting
+    if card:
+        yield f"a GPU of the size of {card}"
+
+
+def _fits(p: Placement, change: dict[str, Any]) -> bool:
+    return _budget(dataclasses.replace(p, **change)).fits
 
 
 def _longest(p: Placement) -> int:

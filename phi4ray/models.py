@@ -9,8 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from phi4ray.errors import ConfigError
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from phi4ray.errors import ConfigError, ObjectNotFoundError, StorageError
 from phi4ray.shapes import ModelShape
+from phi4ray.storage import join, storage_for
+
+CONFIG_NAME = "config.json"
 
 WeightScheme = Literal["bf16", "fp8", "w8a8", "w4a16"]
 """How linear layers are stored; embeddings, lm_head and norms stay bf16 in all of them."""
@@ -186,12 +192,12 @@ def find_model(name: str) -> CatalogueEntry | None:
 
 
 def shape_of(model: str) -> ModelShape | None:
-    """The shape of a local folder's checkpoint (its `config.json`), else the catalogue's.
+    """The shape by a checkpoint's `config.json` (see `_config_of`), else the catalogue's.
 
     Raises:
-        ConfigError: the folder's `config.json` is unreadable or of another architecture.
+        ConfigError: the `config.json` is unreadable or of another architecture.
     """
-    config = _local_config(model)
+    config = _config_of(model)
     if config is not None:
         return ModelShape.from_hf_config(config)
     entry = find_model(model)
@@ -201,12 +207,12 @@ def shape_of(model: str) -> ModelShape | None:
 def extra_parameters_of(model: str, enable_lora: bool = False) -> int:
     """What vLLM loads beside the decoder: encoders, and adapters if it is told to.
 
-    A local folder of the multimodal architecture has those of the published model.
+    A checkpoint of the multimodal architecture has those of the published model.
 
     Raises:
-        ConfigError: the folder's `config.json` is unreadable.
+        ConfigError: its `config.json` is unreadable.
     """
-    config = _local_config(model)
+    config = _config_of(model)
     if config is not None:
         is_multimodal = config.get("model_type") == "phi4mm"
         entry = find_model("microsoft/Phi-4-multimodal-instruct") if is_multimodal else None
@@ -220,13 +226,13 @@ def extra_parameters_of(model: str, enable_lora: bool = False) -> int:
 def weight_scheme(model: str, quantization: str | None = None) -> WeightScheme:
     """How a checkpoint's linear layers lie on the GPU, as far as can be told without loading it.
 
-    A checkpoint that is quantized already decides (a local folder's `quantization_config`, or the
-    catalogue's word); for any other, vLLM's argument `quantization`. Otherwise bf16.
+    A checkpoint that is quantized already decides (its `quantization_config`, or the catalogue's
+    word); for any other, vLLM's argument `quantization`. Otherwise bf16.
 
     Raises:
         ConfigError: the quantization method is none that memory can be planned for.
     """
-    config = _local_config(model) or {}
+    config = _config_of(model) or {}
     settings = config.get("quantization_config")
     if isinstance(settings, Mapping):
         return scheme_of(str(settings.get("quant_method")), settings)
@@ -265,14 +271,38 @@ def scheme_of(method: str, settings: Mapping[str, Any]) -> WeightScheme:
     )
 
 
-def _local_config(model: str) -> Mapping[str, Any] | None:
-    path = Path(model) / "config.json"
-    if not path.is_file():
-        return None
+def _config_of(model: str) -> Mapping[str, Any] | None:
+    """The `config.json` of a local folder, of a folder in s3://, or of the hub's copy here.
+
+    None where there is none; models of the catalogue are not looked up on the hub.
+    """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+        if model.startswith("s3://"):
+            uri = join(model, CONFIG_NAME)
+            text = storage_for(uri).read(uri)
+        elif (path := Path(model) / CONFIG_NAME).is_file():
+            uri, text = str(path), path.read_bytes()
+        elif find_model(model) is None and (cached := _cached(model)) is not None:
+            uri, text = cached, Path(cached).read_bytes()
+        else:
+            return None
+    except ObjectNotFoundError:
+        return None
+    except (OSError, StorageError) as error:
+        raise ConfigError(f"{uri} cannot be read: {error}") from error
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{uri} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ConfigError(f"{path} must hold a JSON object")
+        raise ConfigError(f"{uri} must hold a JSON object")
     return config
+
+
+def _cached(model: str) -> str | None:
+    """Where the hub's own cache on this machine has a model's `config.json`."""
+    try:
+        found = try_to_load_from_cache(model, CONFIG_NAME)
+    except HFValidationError:  # it is no name of the hub
+        return None
+    return found if isinstance(found, str) else None

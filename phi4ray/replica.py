@@ -7,6 +7,7 @@ goes through vLLM's ASGI application, which words the error as its server does.
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import logging
 import os
@@ -39,6 +40,10 @@ try:
 except ModuleNotFoundError:  # vLLM 0.25
     from vllm.entrypoints.openai.api_server import build_app, init_app_state
     from vllm.entrypoints.openai.cli_args import make_arg_parser
+
+STOP_S = 2.0
+"""For the engine's process to end by itself. It gives back what it holds in one second, and then
+takes Python's time to exit, for which there is no need to wait."""
 
 _NOT_ENGINE_ARGS = {"kind", "num_gpus", "num_cpus", "engine_args", "env"}
 
@@ -230,7 +235,7 @@ class VllmReplica:
         if self._http is not None:
             await self._http.aclose()
         if engine is not None:
-            await asyncio.to_thread(engine.shutdown)
+            await asyncio.to_thread(engine.shutdown, STOP_S)
         self._guard.close()
 
 
@@ -260,10 +265,12 @@ def server_args(config: EngineConfig) -> Namespace:
         ConfigError: vLLM has no such argument.
     """
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    # Some fields of the engine have no flag, as `model_weights`.
+    known = vars(args).keys() | {field.name for field in dataclasses.fields(AsyncEngineArgs)}
     given = config.model_dump(exclude=_NOT_ENGINE_ARGS, exclude_none=True)
     given["served_model_name"] = [config.model_name]
     for name, value in {**given, **config.engine_args}.items():
-        if not hasattr(args, name):
+        if name not in known:
             raise ConfigError(f"this vLLM has no engine argument {name!r}: see `vllm serve --help`")
         setattr(args, name, value)
     return args

@@ -126,7 +126,11 @@ def size(request: SizingRequest) -> Sizing:
         running = concurrency(work, placement.max_num_seqs, memory.kv_cache_size_tokens)
         speed = _throughput(roofline, running, work)
         replicas = math.ceil((request.tokens_per_s or 1) / speed.total_tokens_per_s)
-        job = _job(request, roofline, running, work, replicas)
+        if request.rows is not None:
+            job = estimate_job(
+                roofline, work, placement.max_num_seqs, memory.kv_cache_size_tokens,
+                rows=request.rows, replicas=replicas, gpu_hour_price=request.gpu_hour_price,
+            )  # fmt: skip
     return Sizing(
         model=request.model,
         gpu=roofline.gpu.title,
@@ -196,19 +200,25 @@ def _throughput(roofline: Roofline, running: int, work: Workload) -> Throughput:
     )
 
 
-def _job(
-    request: SizingRequest, roofline: Roofline, running: int, work: Workload, replicas: int
-) -> JobEstimate | None:
-    if request.rows is None:
-        return None
-    work_s = roofline.job_s(math.ceil(request.rows / replicas), running, work)
+def estimate_job(
+    roofline: Roofline,
+    work: Workload,
+    max_num_seqs: int,
+    kv_cache_size_tokens: int,
+    *,
+    rows: int,
+    replicas: int,
+    gpu_hour_price: float | None,
+) -> JobEstimate:
+    """A batch job of equal rows, spread over replicas that each hold this KV cache."""
+    running = concurrency(work, max_num_seqs, kv_cache_size_tokens)
+    work_s = roofline.job_s(math.ceil(rows / replicas), running, work)
     hours = (ENGINE_START_S + work_s) / 3600
     gpu_hours = hours * replicas * roofline.tensor_parallel_size
-    price = request.gpu_hour_price
     return JobEstimate(
-        rows=request.rows,
+        rows=rows,
         hours=hours,
         gpu_hours=gpu_hours,
-        tokens_per_s=request.rows * work.tokens / work_s,
-        cost=None if price is None else gpu_hours * price,
+        tokens_per_s=rows * work.tokens / work_s,
+        cost=None if gpu_hour_price is None else gpu_hours * gpu_hour_price,
     )

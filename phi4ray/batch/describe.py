@@ -1,4 +1,4 @@
-"""What `--dry-run` prints: the plan in figures, and whether the engine would fit."""
+"""What `--dry-run` prints: the plan in figures, how the engine fits, and what the job may cost."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,10 @@ from phi4ray import memory
 from phi4ray.batch.plan import Plan
 from phi4ray.config import BatchConfig
 from phi4ray.errors import ConfigError
-from phi4ray.gpus import GIB
+from phi4ray.fit import needs_no_plan
+from phi4ray.gpus import GIB, find_gpu
+from phi4ray.roofline import Roofline, Workload
+from phi4ray.sizing import JobEstimate, estimate_job
 
 CHARS_PER_TOKEN = 4
 """Of English text with a vocabulary of 100,000 tokens: a rule of thumb, and only that."""
@@ -17,24 +20,23 @@ CHARS_PER_TOKEN = 4
 SHOWN_FILES = 5
 
 
-def describe_plan(config: BatchConfig, plan: Plan, console: Console, gpu: str | None) -> None:
-    """Print files, rows, shards, estimated tokens, and the memory of one replica on a GPU.
+def describe_plan(config: BatchConfig, plan: Plan, console: Console, cards: Sequence[str]) -> None:
+    """Print files, rows, shards, estimated tokens, and for each card memory, hours and cost.
 
-    Where memory cannot be planned, that is said and no error.
-
-    Raises:
-        ConfigError: the engine certainly cannot fit; the message says what would.
+    Where memory cannot be planned, that is said and no error; `phi4ray.fit.refuse_misfit` is what
+    refuses an engine.
     """
     console.print(_table(f"plan {plan.plan_id}", plan_lines(config, plan)))
     for item in plan.inputs[:SHOWN_FILES]:
         console.print(f"  {item.uri}: {item.rows:,} rows, {item.size:,} bytes")
     if len(plan.inputs) > SHOWN_FILES:
         console.print(f"  and {len(plan.inputs) - SHOWN_FILES:,} more files")
-    reason = not_planned(config, gpu)
-    if reason or gpu is None:
-        console.print(f"memory not planned: {reason}")
-    else:
-        console.print(_table(f"memory of one GPU ({gpu})", memory_lines(config, gpu)))
+    for card in cards or (None,):
+        if (reason := not_planned(config, card)) or card is None:
+            console.print(f"memory not planned: {reason}")
+        else:
+            console.print(_table(f"memory of one GPU ({card})", memory_lines(config, card)))
+            console.print(_table(f"the job ({card}), by estimate", job_lines(config, plan, card)))
     console.print("dry run: nothing was written")
 
 
@@ -43,9 +45,9 @@ def plan_lines(config: BatchConfig, plan: Plan) -> list[tuple[str, str]]:
     duplicates = f"{plan.duplicate_ids:,}"
     if plan.duplicate_example:
         duplicates += f" (first: {plan.duplicate_example})"
-    limit = config.sampling.get("max_completion_tokens") or config.sampling.get("max_tokens")
+    limit = _answer_limit(config)
     answers = "as long as the model makes them: set max_tokens to bound them"
-    if isinstance(limit, int):
+    if limit is not None:
         answers = f"at most {plan.rows * limit:,}, where rows set no limit themselves"
     return [
         ("files", f"{len(plan.inputs):,}"),
@@ -59,16 +61,14 @@ def plan_lines(config: BatchConfig, plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def memory_lines(config: BatchConfig, gpu: str) -> list[tuple[str, str]]:
-    """Where the memory of one GPU goes.
+def memory_lines(config: BatchConfig, card: str) -> list[tuple[str, str]]:
+    """Where the memory of one GPU goes; where that is not enough, why not.
 
     Raises:
-        ConfigError: it cannot be planned (see `not_planned`), or weights and KV cache alone are
-            too large. A lack that rests on estimates is told in a line.
+        ConfigError: it cannot be planned (see `not_planned`).
     """
-    placement = memory.place_engine(config.engine, gpu)
-    certain = memory.cannot_fit(placement)
-    plan = memory.plan_memory(placement) if certain else memory.budget(placement)
+    placement = memory.place_engine(config.engine, card)
+    plan = memory.budget(placement)
     gib = {
         "total": plan.total_bytes,
         "usable": plan.usable_bytes,
@@ -87,17 +87,75 @@ def memory_lines(config: BatchConfig, gpu: str) -> list[tuple[str, str]]:
     return lines
 
 
-def not_planned(config: BatchConfig, gpu: str | None) -> str | None:
-    """Why the memory of this job's engine cannot be planned; None if it can."""
-    if config.engine.kind == "fake":
-        return "the fake engine needs none"
-    if gpu is None:
-        return "the recipe names no GPU"
+def job_lines(config: BatchConfig, plan: Plan, card: str) -> list[tuple[str, str]]:
+    """Hours, GPU hours and cost of the rows by the replica's roofline, engines' start included.
+
+    From answers of one token each to answers as long as `max_tokens` lets them be; where nothing
+    limits them, the latter is not known.
+    """
+    placement = memory.place_engine(config.engine, card)
+    budget = memory.budget(placement)
+    if not plan.rows or not budget.fits:
+        return [("not estimated", "there are no rows" if budget.fits else "it does not fit")]
+    prompt = plan.prompt_bytes // CHARS_PER_TOKEN // plan.rows
+    prompt = min(max(1, prompt), budget.max_model_len - 1)
+    limit = _answer_limit(config)
+    longest = None if limit is None else max(1, min(limit, budget.max_model_len - prompt))
+    replicas = config.max_replicas or config.min_replicas
+    roofline = Roofline(
+        shape=placement.shape,
+        gpu=find_gpu(card),
+        weights=placement.weights,
+        kv_cache_dtype=placement.kv_cache_dtype,
+        tensor_parallel_size=placement.tensor_parallel_size,
+    )
+
+    def job(answer: int) -> JobEstimate:
+        work = Workload(prompt_tokens=prompt, completion_tokens=answer)
+        return estimate_job(
+            roofline, work, placement.max_num_seqs, budget.kv_cache_size_tokens,
+            rows=plan.rows, replicas=replicas, gpu_hour_price=config.gpu_hour_price,
+        )  # fmt: skip
+
+    jobs = [job(answer) for answer in sorted({1, longest or 1})]
+    more = " and more" if longest is None else ""
+
+    def span(figures: Sequence[float]) -> str:
+        return " to ".join(f"{figure:,.2f}" for figure in figures) + more
+
+    answers = f"1 to {longest:,}" if longest else "1 and more: set max_tokens to bound them"
+    lines = [
+        ("tokens of a prompt, on average", f"{prompt:,}"),
+        ("tokens of an answer", answers),
+        ("replicas", f"{replicas:,}"),
+        ("hours", span([one.hours for one in jobs])),
+        ("GPU hours", span([one.gpu_hours for one in jobs])),
+    ]
+    if costs := [one.cost for one in jobs if one.cost is not None]:
+        lines.append(("cost", span(costs)))
+    return lines
+
+
+def not_planned(config: BatchConfig, card: str | None) -> str | None:
+    """Why the memory of this job's engine on a card cannot be planned; None if it can."""
+    if reason := needs_no_plan(config.engine):
+        return reason
+    if card is None:
+        return "no GPU is known: name one with --gpu, as h200"
     try:
-        memory.place_engine(config.engine, gpu)
+        memory.budget(memory.place_engine(config.engine, card))
     except ConfigError as error:
         return str(error)
     return None
+
+
+def _answer_limit(config: BatchConfig) -> int | None:
+    """The most tokens of an answer, as far as the job and not the row says so."""
+    if config.endpoint == "/v1/embeddings":
+        return 1
+    sampling = config.sampling
+    limit = sampling.get("max_completion_tokens") or sampling.get("max_tokens")
+    return limit if isinstance(limit, int) else None
 
 
 def _table(title: str, lines: Sequence[tuple[str, str]]) -> Table:

@@ -7,11 +7,9 @@ from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as Bar
-from rich.table import Column
 
 from phi4ray.batch.tally import Snapshot
+from phi4ray.live import LiveLine
 
 WINDOW_S = 20.0
 """Rates are means over so long, or over the whole run while it is younger."""
@@ -81,22 +79,12 @@ class Progress:
 
     def __init__(self, console: Console, interval_s: float) -> None:
         self.history: list[Sample] = []
-        self._console = console
-        self._interval_s = interval_s
         self._recent: deque[Snapshot] = deque()
-        self._last: Snapshot | None = None
-        self._printed: Snapshot | None = None
         self._spacing_s = 0.5
-        self._bar: Bar | None = None
-        if console.is_terminal and not console.is_dumb_terminal:
-            # In a narrow terminal the text goes over two lines, and is not cut off.
-            text = TextColumn("{task.description}", table_column=Column(overflow="fold"))
-            self._bar = Bar(BarColumn(bar_width=20), text, console=console)
+        self._line = LiveLine(console, interval_s)
 
     def __enter__(self) -> "Progress":
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task("starting")
+        self._line.__enter__()
         return self
 
     def __exit__(
@@ -105,33 +93,18 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        elif self._last is not None and self._last != self._printed:
-            self._print(self._last)
+        self._line.__exit__(kind, error, trace)
 
     def update(self, snapshot: Snapshot) -> None:
         """Take the newest snapshot; shown at once in a terminal, else when its line is due."""
-        self._last = snapshot
         if snapshot.starting:
             self._recent.clear()  # no speed is known before a replica is ready
         self._recent.append(snapshot)
         while len(self._recent) > 1 and self._recent[1].elapsed_s <= snapshot.elapsed_s - WINDOW_S:
             self._recent.popleft()
         self._sample(snapshot)
-        if self._bar is not None:
-            line, total, done = self.window.line(), snapshot.rows_total, snapshot.rows_done
-            self._bar.update(self._task, description=line, total=total, completed=done)
-        elif (
-            self._printed is None
-            or snapshot.elapsed_s - self._printed.elapsed_s >= self._interval_s
-        ):
-            self._print(snapshot)
-
-    def _print(self, snapshot: Snapshot) -> None:
-        self._printed = snapshot
-        line = f"{self._console.get_datetime():%H:%M:%S} {self.window.line()}"
-        self._console.print(line, soft_wrap=True)
+        done, total = snapshot.rows_done, snapshot.rows_total
+        self._line.show(self.window.line(), done, total, snapshot.elapsed_s)
 
     def _sample(self, snapshot: Snapshot) -> None:
         if self.history and snapshot.elapsed_s - self.history[-1].elapsed_s < self._spacing_s:

@@ -5,10 +5,8 @@ from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as Bar
-from rich.table import Column
 
+from phi4ray.live import LiveLine
 from phi4ray.train.curve import Point
 
 WINDOW_S = 60.0
@@ -22,18 +20,11 @@ class Progress:
     """Shows points of the loss curve until the block ends."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
         self._recent: deque[tuple[float, Point]] = deque()
-        self._printed_at: float | None = None
-        self._bar: Bar | None = None
-        if console.is_terminal and not console.is_dumb_terminal:
-            text = TextColumn("{task.description}", table_column=Column(overflow="fold"))
-            self._bar = Bar(BarColumn(bar_width=20), text, console=console)
+        self._line = LiveLine(console, INTERVAL_S)
 
     def __enter__(self) -> "Progress":
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task("starting", total=None)
+        self._line.__enter__()
         return self
 
     def __exit__(
@@ -42,8 +33,7 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._line.__exit__(kind, error, trace)
 
     def update(self, point: Point, now: float) -> None:
         """Take the newest point; shown at once in a terminal, else when its line is due.
@@ -56,15 +46,7 @@ class Progress:
         while len(self._recent) > 2 and self._recent[1][0] < now - WINDOW_S:
             self._recent.popleft()
         line = line_of(point, *self._rates())
-        if self._bar is not None:
-            total, done = point.steps_total, point.step
-            self._bar.update(self._task, description=line, total=total, completed=done)
-            return
-        last = point.step == point.steps_total
-        if last or self._printed_at is None or now - self._printed_at >= INTERVAL_S:
-            self._printed_at = now
-            at = self._console.get_datetime()
-            self._console.print(f"{at:%H:%M:%S} {line}", soft_wrap=True)
+        self._line.show(line, point.step, point.steps_total, now)
 
     def _rates(self) -> tuple[float, float]:
         """Steps and tokens a second."""

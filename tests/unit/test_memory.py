@@ -189,7 +189,7 @@ def test_the_encoders_of_the_multimodal_model_count_and_its_adapters_where_they_
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"model": "s3://bucket/checkpoint/"}, "shape of 's3://bucket/checkpoint/' is not known"),
+        ({"model": "someone/a-model"}, "shape of 'someone/a-model' is not known"),
         ({"model": "phi-4", "quantization": "bitsandbytes"}, "quantization 'bitsandbytes'"),
         ({"model": "phi-4", "kv_cache_dtype": "int3"}, "kv_cache_dtype 'int3': known are auto"),
         ({"model": "phi-4", "dtype": "float32"}, "only 16-bit weights"),

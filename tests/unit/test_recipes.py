@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from phi4ray.batch.describe import describe_plan, memory_lines
+from phi4ray.batch.describe import describe_plan
 from phi4ray.batch.plan import Input, Shard, Slice, make_plan
 from phi4ray.config import BatchConfig, batch_config
 from phi4ray.errors import ConfigError
@@ -67,14 +67,14 @@ def test_flags_win_over_a_recipe() -> None:
     assert config.engine.quantization == "fp8"
 
 
-def described(config: BatchConfig, gpu: str | None) -> str:
+def described(config: BatchConfig, *cards: str) -> str:
     slices = (Slice(file=0, row_start=0, rows=1200, size=480_000),)
     plan = make_plan(
         {}, [Input(uri="s3://b/a.jsonl", size=480_000, etag="e")], [Shard(index=0, slices=slices)],
         carried="", prompt_bytes=480_000, duplicate_ids=2, duplicate_example="a#1 and a#7",
     )  # fmt: skip
     console = Console(file=io.StringIO(), width=120)
-    describe_plan(config, plan, console, gpu)
+    describe_plan(config, plan, console, cards)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     return str(text)
 
@@ -88,14 +88,6 @@ def test_a_dry_run_tells_rows_tokens_and_memory() -> None:
         assert told in text
 
 
-def test_a_dry_run_says_where_memory_cannot_be_planned() -> None:
-    assert "the fake engine needs none" in described(config_of(find_recipe("fake")), None)
-    assert "the recipe names no GPU" in described(config_of(find_recipe("tiny-cpu")), None)
-
-
-def test_a_dry_run_refuses_what_cannot_fit() -> None:
-    config = batch_config(
-        find_recipe("phi4-bf16-h200").settings, NAMED, {"engine": {"max_model_len": 16384}}
-    )
-    with pytest.raises(ConfigError, match="it does not fit"):
-        memory_lines(config, "rtx-12")
+def test_a_dry_run_says_where_memory_is_not_planned() -> None:
+    assert "the fake engine needs none" in described(config_of(find_recipe("fake")))
+    assert "its replicas take no GPU" in described(config_of(find_recipe("tiny-cpu")))
