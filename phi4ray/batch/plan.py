@@ -119,6 +119,7 @@ def identity_of(config: BatchConfig, chat_template: str | None) -> dict[str, Any
         "system_prompt": config.system_prompt,
         **{f"sampling.{name}": value for name, value in config.sampling.items()},
         "limit": config.limit,
+        "max_row_mib": config.max_row_mib,
         "output_format": config.output_format,
     }
     # As it will be read from the plan: YAML has dates, and keys that are numbers.

@@ -26,6 +26,9 @@ COLUMNS = frozenset({"custom_id", "id", "prompt", "messages", "sampling"})
 RESERVED = BATCH_LINE | COLUMNS
 """Members that may make a request; see `request_members`."""
 
+MAX_NAME_CHARS = 1024
+"""Of a member or column: each becomes a column of the output, named in every part's footer."""
+
 ENDPOINTS: tuple[Endpoint, ...] = get_args(Endpoint)
 
 
@@ -52,8 +55,10 @@ class Request:
     body: Json
 
 
-def decode_line(line: bytes) -> Json | RowError:
-    """Decode one JSONL line into a record."""
+def decode_line(line: bytes | RowError) -> Json | RowError:
+    """Decode one JSONL line into a record; one that was not read has its error already."""
+    if isinstance(line, RowError):
+        return line
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -64,6 +69,12 @@ def decode_line(line: bytes) -> Json | RowError:
         return RowError("invalid_json", f"the line is not JSON: {error}")
     if not isinstance(record, dict):
         return RowError("invalid_type", f"the line holds {_kind(record)}, not an object")
+    if (longest := max(map(len, record), default=0)) > MAX_NAME_CHARS:
+        return RowError(
+            "name_too_long",
+            f"the line has a member whose name has {longest:,} characters; "
+            f"{MAX_NAME_CHARS:,} may be",
+        )
     return record
 
 
