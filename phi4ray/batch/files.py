@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from phi4ray.batch.carried import carried_table, conform
 from phi4ray.batch.lines import MAX_ROW_BYTES, Line, compression, lines_of, open_lines
-from phi4ray.batch.parquet import open_parquet, read_batches, records_of
+from phi4ray.batch.parquet import open_parquet, read_batches, records_of, unpacked_bytes
 from phi4ray.batch.plan import Input, Slice
 from phi4ray.batch.rows import RESERVED, decode_line, request_members
 from phi4ray.errors import InputChangedError, InputError, PreconditionError
@@ -126,7 +126,7 @@ class Reader:
         tables, size = [], 0
         for table in cursor.take(piece):
             tables.append(table)
-            size += table.nbytes
+            size += unpacked_bytes(table)
             if size > MAX_SLICE_BYTES:
                 raise InputError(
                     f"{item.uri}: rows {piece.row_start} to {piece.row_start + piece.rows - 1} "
@@ -149,7 +149,7 @@ class Reader:
         return Records(rows, carried)
 
     def _too_long(self, table: pa.Table) -> dict[int, RowError]:
-        sizes = (table.slice(at, 1).nbytes for at in range(table.num_rows))
+        sizes = (unpacked_bytes(table.slice(at, 1)) for at in range(table.num_rows))
         return {
             at: RowError(
                 "row_too_long",

@@ -6,6 +6,7 @@ Files that were made to hold prompts are far below every limit here.
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from typing import Any
@@ -30,8 +31,9 @@ STEP_BYTES = 16 << 20
 MAX_DICTIONARY_BYTES = 32 << 20
 """Of a column's values in one row group; writers stop at 1 MiB, and write the rest as they are."""
 
-MAX_CHUNK_BYTES, MAX_CHUNK_RATIO = 1 << 30, 500
-"""A column of a row group is refused if it unpacks to more bytes, and to more times its size."""
+MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO = 1 << 30, 500
+"""What unpacks to more bytes, and to more times its size, is refused: a column's pages in a row
+group, and the rows of a file that are read on."""
 
 MAX_ROWS_A_BYTE = 1000
 """A footer that claims more rows for each byte of its file is not believed."""
@@ -81,6 +83,7 @@ def read_batches(
     Raises:
         InputError: a page is corrupt, or unpacks to more than anybody would write.
     """
+    left = max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * item.size)
     for group in range(first_group, file.metadata.num_row_groups):
         _check_chunks(item, file, names, group)
         held: list[pa.RecordBatch] = []
@@ -88,7 +91,13 @@ def read_batches(
         try:
             for step in file.iter_batches(STEP_ROWS, row_groups=[group], columns=names):
                 held.append(step)
-                size += step.nbytes
+                size += (taken := unpacked_bytes(step))
+                left -= taken
+                if left < 0:
+                    raise InputError(
+                        f"{item.uri} unpacks to more than {MAX_UNPACKED_RATIO} times its size: "
+                        "write it anew without dictionaries"
+                    )
                 if len(held) * STEP_ROWS >= BATCH_ROWS or size >= STEP_BYTES:
                     yield pa.Table.from_batches(held)
                     held, size = [], 0
@@ -106,7 +115,7 @@ def _check_chunks(item: Input, file: pq.ParquetFile, names: Sequence[str], group
         name, unpacked = chunk.path_in_schema.partition(".")[0], chunk.total_uncompressed_size
         if name not in names or unpacked <= MAX_DICTIONARY_BYTES:
             continue
-        if unpacked > max(MAX_CHUNK_BYTES, MAX_CHUNK_RATIO * chunk.total_compressed_size):
+        if unpacked > max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * chunk.total_compressed_size):
             raise InputError(
                 f"{item.uri} unpacks column {name!r} of row group {group} to "
                 f"{unpacked:,} bytes, from {chunk.total_compressed_size:,}: write it anew with "
@@ -118,6 +127,29 @@ def _check_chunks(item: Input, file: pq.ParquetFile, names: Sequence[str], group
                 f"{item.uri} has a dictionary of {size:,} bytes for column {name!r} in row group "
                 f"{group}, at most {MAX_DICTIONARY_BYTES:,} are read: write it anew without one"
             )
+
+
+def unpacked_bytes(table: pa.Table | pa.RecordBatch) -> int:
+    """What rows take once they are Python's: values of a dictionary count at each of them."""
+    return sum(
+        _unpacked(chunk)
+        for column in table.columns
+        for chunk in (column.chunks if isinstance(column, pa.ChunkedArray) else (column,))
+    )
+
+
+def _unpacked(array: Any) -> int:
+    kind, types = array.type, pa.types
+    if "dictionary<" not in str(kind):
+        return int(array.nbytes)
+    if types.is_dictionary(kind):
+        times = Counter(array.indices.drop_null().to_pylist())
+        return sum(_unpacked(array.dictionary.slice(at, 1)) * n for at, n in times.items())
+    if types.is_struct(kind):
+        return sum(map(_unpacked, array.flatten()))
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _unpacked(array.flatten())
+    return int(array.nbytes)
 
 
 def _dictionary_bytes(item: Input, offset: int) -> int:

@@ -142,7 +142,9 @@ def _scan_lines(item: Input, rows: Iterable[Row], unit: Unit, cut: Cut, limit: i
         record = decode_line(line)
         ids.append(_digest(record))
         if not isinstance(record, RowError):
-            for name in record.keys() - request_members(record):
+            names = record.keys() - request_members(record)
+            check_columns(item.uri, len(names), cut.max_columns)
+            for name in names:
                 kinds[name].add(json_kind(record[name]))
             check_columns(item.uri, len(kinds), cut.max_columns)
         if len(ids) == limit:
