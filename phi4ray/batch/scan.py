@@ -224,10 +224,9 @@ def number_rows(scans: Iterable[Scan]) -> Iterator[Slice]:
 
 def duplicates(ids: Ids) -> tuple[int, tuple[int, int] | None]:
     """How many rows repeat an earlier row's id, and the places of the first such pair."""
-    order = np.argsort(ids, kind="stable")
-    ranked = ids[order]
+    ranked = np.sort(ids)
     repeats = np.flatnonzero((ranked[1:] == ranked[:-1]) & (ranked[1:] != 0))
-    if not len(repeats):
+    if not len(repeats):  # which takes half the memory and time of finding their places
         return 0, None
-    at = int(repeats[0])
+    at, order = int(repeats[0]), np.argsort(ids, kind="stable")
     return len(repeats), (int(order[at]), int(order[at + 1]))
