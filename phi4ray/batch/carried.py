@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from phi4ray.batch.rows import RESERVED, as_text, request_members
+from phi4ray.errors import ConfigError
 from phi4ray.protocol import Json, RowError
 
 UNREADABLE = (ValueError, ArithmeticError, TypeError, LookupError)
@@ -28,8 +29,18 @@ def encode_schema(schema: pa.Schema) -> str:
 
 
 def decode_schema(text: str) -> pa.Schema:
-    """The schema that `encode_schema` wrote."""
-    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))
+    """The schema that `encode_schema` wrote.
+
+    Raises:
+        ConfigError: it did not write this.
+    """
+    try:
+        return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise ConfigError(
+            f"the plan's carried columns cannot be read ({error}): restore _plan.json, or use a "
+            "new --output"
+        ) from error
 
 
 def json_kind(value: object) -> str:

@@ -124,13 +124,12 @@ def scan_inputs(
         [scan.schema for scan in scans if scan.schema is not None],
     )
     check_columns("the inputs together", len(carried), cut.max_columns)
-    folder = "" if config.output_format == "parquet" else "_parts/"
     return make_plan(
         identity,
         inputs,
         list(pack(slices, cut.rows, cut.bytes)),
         carried=encode_schema(carried),
-        folder=folder,
+        folder="" if config.output_format == "parquet" else "_parts/",
         duplicate_ids=repeated,
         duplicate_example=" and ".join(_place(inputs, slices, row) for row in pair or ()) or None,
         prompt_bytes=sum(piece.size for piece in slices),
