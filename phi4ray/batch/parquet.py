@@ -85,10 +85,10 @@ def read_batches(
     """
     left = max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * item.size)
     for group in range(first_group, file.metadata.num_row_groups):
-        _check_chunks(item, file, names, group)
         held: list[pa.RecordBatch] = []
         size = 0
         try:
+            _check_chunks(item, file, names, group)
             for step in file.iter_batches(STEP_ROWS, row_groups=[group], columns=names):
                 held.append(step)
                 size += (taken := unpacked_bytes(step))
