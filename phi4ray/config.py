@@ -25,6 +25,9 @@ class Config(BaseModel):
 
 C = TypeVar("C", bound=Config)
 
+YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+"""What PyYAML raises: of dates that are none, and of tags that do not fit, mere Python's."""
+
 MAX_YAML_VALUES = 100_000
 """In a config file: a few lines of aliases can stand for more than any memory holds."""
 
@@ -169,7 +172,7 @@ def load_yaml(text: str, source: str) -> dict[str, Any]:
         value = yaml.safe_load(text)
     except RecursionError:
         raise ConfigError(f"{source} is not valid YAML: it is nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a mere ValueError
+    except YAML_ERRORS as error:
         raise ConfigError(f"{source} is not valid YAML: {error}") from error
     if _has_more(value, MAX_YAML_VALUES):
         raise ConfigError(

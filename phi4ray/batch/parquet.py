@@ -31,7 +31,7 @@ STEP_BYTES = 16 << 20
 MAX_DICTIONARY_BYTES = 32 << 20
 """Of a column's values in one row group; writers stop at 1 MiB, and write the rest as they are."""
 
-MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO = 1 << 30, 500
+MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO = 512 << 20, 500
 """What unpacks to more bytes, and to more times its size, is refused: a column's pages in a row
 group, and the rows of a file that are read on."""
 
