@@ -1,6 +1,7 @@
 """An S3 server by real HTTP for the tests that need one: moto's, in this process."""
 
 import logging
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,9 @@ from phi4ray.storage import s3
 
 # How long an example takes says more of the machine than of the code.
 settings.register_profile("phi4ray", deadline=None)
-settings.load_profile("phi4ray")
+# HYPOTHESIS_PROFILE=long runs tests/unit/test_fuzz_*.py for minutes, see tests/fuzz.py.
+settings.register_profile("long", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "phi4ray"))
 
 
 class SideBySide(LoadScopeScheduling):  # type: ignore[misc]

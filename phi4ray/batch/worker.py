@@ -101,7 +101,9 @@ class ShardWorker:
         self._plan = plan
         self._replica = replica
         self._defaults = Defaults.of(config)
-        self._reader = Reader(plan.inputs, decode_schema(plan.carried))
+        self._reader = Reader(
+            plan.inputs, decode_schema(plan.carried), int(config.max_row_mib * (1 << 20))
+        )
         self._pacer = Pacer(replica.kv())
         self._lengths = Lengths()
         self._turn = asyncio.Lock()

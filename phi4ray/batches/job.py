@@ -171,6 +171,7 @@ class Job:
             endpoint=self._request.endpoint,
             output_format="openai-jsonl",
             shard_rows=self._config.shard_rows,
+            max_row_mib=self._config.max_row_mib,
         )
 
     def _plan(self, config: BatchConfig, executor: Executor) -> Plan:
