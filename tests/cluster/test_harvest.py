@@ -43,6 +43,17 @@ def rows_of(output: str) -> list[dict[str, Any]]:
     ]
 
 
+def told(name: str) -> dict[int, float]:
+    """One of the replicas' own metrics, by the ports of their pages."""
+    found = {}
+    for port in PORTS:
+        with contextlib.suppress(httpx.TransportError):
+            page = httpx.get(f"http://{get_node_ip_address()}:{port}/metrics").text
+            [line] = [line for line in page.splitlines() if line.startswith(f"{name} ")]
+            found[port] = float(line.split()[1])
+    return found
+
+
 FAKES = {
     "engine": {
         "kind": "fake", "model": "m", "num_cpus": 0.1, "max_num_seqs": 32,
@@ -74,10 +85,11 @@ def test_online_load_and_a_batch_job_while_replicas_are_killed(
     )  # fmt: skip
     killed = 0
     while job.poll() is None:
-        time.sleep(4)
-        replicas = service.replicas()
-        if len(replicas) == 2:  # the last one that was killed is replaced
-            replicas[killed % 2].kill()
+        time.sleep(1)
+        # The last one that was killed is replaced, and gets requests.
+        work = "phi4ray:admitted_requests" if clients.is_alive() else "phi4ray:batch_rows"
+        if sum(count > 0 for count in told(work).values()) == 2:
+            service.replicas()[killed % 2].kill()
             killed += 1
     assert job.returncode == 0, job.communicate()[0]
     clients.join(120)
@@ -89,17 +101,6 @@ def test_online_load_and_a_batch_job_while_replicas_are_killed(
 
 
 SLOW = {**FAKES, "engine": {**FAKES["engine"], "engine_args": {"latency_s": 12}}}
-
-
-def told(name: str) -> dict[int, float]:
-    """One of the replicas' own metrics, by the ports of their pages."""
-    found = {}
-    for port in PORTS:
-        with contextlib.suppress(httpx.TransportError):
-            page = httpx.get(f"http://{get_node_ip_address()}:{port}/metrics").text
-            [line] = [line for line in page.splitlines() if line.startswith(f"{name} ")]
-            found[port] = float(line.split()[1])
-    return found
 
 
 def until(done: Callable[[], bool], seconds: float = 120) -> None:
