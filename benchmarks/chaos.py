@@ -149,9 +149,9 @@ def report(
     """Print the table; True if everything holds."""
     rows, store = arguments.rows, campaign.store
     in_vain = (answers - rows) / rows
-    peak = max(mib for run in campaign.runs for _, mib in run.rss_mib)
+    peak = max(mib for run in campaign.runs for _, mib in run.memory)
     growth = max(run.growth_mib for run in campaign.runs)
-    longest = max(run.rss_mib[-1][0] for run in campaign.runs if run.rss_mib)
+    longest = max(run.memory[-1][0] - run.memory[0][0] for run in campaign.runs if run.memory)
     codes = Counter(run.exit_code for run in campaign.runs)
     table = Table(title=f"fault campaign, seed {arguments.seed}", show_header=False)
     lines = [
@@ -169,7 +169,7 @@ def report(
         ("answers of engines", f"{answers:,}"),
         ("given in vain", f"{answers - rows:,} ({in_vain:.2%} of the rows)"),
         ("driver's peak memory", f"{peak:.0f} MiB"),
-        ("its growth after 30 s", f"{growth:.0f} MiB at most, in up to {longest:.0f} s"),
+        ("its growth in one run", f"{growth:.0f} MiB at most, in up to {longest:,} parts"),
     ]
     for name, value in lines:
         table.add_row(name, value)

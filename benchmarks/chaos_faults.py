@@ -17,8 +17,8 @@ DISK_MIB = 512
 DISK_FULL_S = 10.0
 STORE_DOWN_S = 15.0
 RETRY_S = 2.0
-SETTLED_S = 30.0
-"""A driver's memory is compared with what it was when it had run for so long."""
+SETTLED_PARTS = 50
+"""A driver's memory is compared with what it was when it had seen so many parts."""
 
 # Of a hundred faults; engines have processes of their own with `--engine cpu`.
 WEIGHTS = {
@@ -31,15 +31,15 @@ PROCESSES = {
 
 @dataclass
 class Run:
-    """One driver: how it ended, and its memory by its age in seconds."""
+    """One driver: how it ended, and its memory after each second, with the parts that were done."""
 
     exit_code: int | None = None
-    rss_mib: list[tuple[float, float]] = field(default_factory=list)
+    memory: list[tuple[int, float]] = field(default_factory=list)
 
     @property
     def growth_mib(self) -> float:
-        """What its memory grew by after it had settled."""
-        settled = [mib for age, mib in self.rss_mib if age >= SETTLED_S]
+        """What its memory grew by after its first `SETTLED_PARTS`."""
+        settled = [mib for parts, mib in self.memory if parts >= self.memory[0][0] + SETTLED_PARTS]
         return max(settled) - settled[0] if settled else 0.0
 
 
@@ -114,11 +114,11 @@ class Campaign:
 
         Gives its exit code; None where there is no time left.
         """
-        began, sampled, due = time.monotonic(), 0.0, None
+        sampled, due = 0.0, None
         while (code := driver.poll()) is None and (now := time.monotonic()) < deadline:
             if now - sampled >= 1.0:
                 sampled = now
-                run.rss_mib.append((now - began, driver.memory_info().rss / (1 << 20)))
+                run.memory.append((len(self.store.parts), driver.memory_info().rss / (1 << 20)))
             self._free_disk()
             if self.planned and len(self.store.parts) >= self.planned[0][0]:
                 due = due or now + self._random.uniform(0, 3)

@@ -98,6 +98,8 @@ class Nodes:
             # A GCS that is gone is noticed in seconds, not in a minute.
             "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
             "RAY_USAGE_STATS_ENABLED": "0",
+            # What else this machine does would starve engines while they start.
+            "RAY_worker_niceness": "0",
         }
         # Where S3 is, workers are told by the job.
         for name in ("RAY_ADDRESS", "AWS_ENDPOINT_URL"):
