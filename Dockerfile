@@ -7,7 +7,7 @@
 # Ray, vLLM and all else are pinned in docker/requirements-*.txt. Layers, from the one that changes
 # least: system, packages, phi4ray.
 
-ARG PYTHON_VERSION=3.12
+ARG PYTHON_VERSION=3.12.12
 
 FROM python:${PYTHON_VERSION}-slim-bookworm AS wheel
 WORKDIR /src

@@ -9,6 +9,9 @@ export DO_NOT_TRACK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export VLLM_NO_USAGE_STATS := 1
 
+# Two processes: the tests on Ray, which wait a lot, and beside them all others.
+BESIDE := --numprocesses 2 --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
 .PHONY: help venv demo circle serve test check lint format monitoring clean
 
@@ -33,10 +36,10 @@ serve: $(READY) ## the tiny model with an OpenAI API on this machine, without a 
 		--served-model-name microsoft/phi-4
 
 test: lint ## lint and all tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(BESIDE)
 
 check: lint ## lint and the tests that need no engine and no cluster: under a minute
-	@$(BIN)/python -m pytest -q -m "not (engine or crash or cluster or slow)" tests/unit tests/contract
+	@$(BIN)/python -m pytest -q $(BESIDE) -m "not (engine or crash or cluster or slow)" tests/unit tests/contract
 
 lint: $(READY) ## ruff and mypy
 	@$(BIN)/ruff check

@@ -1,15 +1,20 @@
 """Our batch job against bare `vllm.LLM.generate` and against `ray.data.llm`.
 
     python benchmarks/batch_overhead.py --engine cpu
-    python benchmarks/batch_overhead.py --engine h200 --shapes 512x256 128x16
+    python benchmarks/batch_overhead.py --engine h200 --shapes 512x256 128x16 heavy:512x256
+
+Shapes are prompt x answer tokens. `heavy:` has answers whose lengths are log-normal with that mean,
+each row with its own limit; `shared:` has prompts whose first half is one of 64, in random order.
 
 The same rows and engine arguments on every side, each side in a process of its own, one after the
 other. Compared is the engine phase: from the moment when the engine is ready to the last answer
-(bare), or to the last durable part (the jobs). All answers have the same length (`ignore_eos`).
+(bare), or to the last durable part (the jobs). Every answer has the length of its row's limit
+(`ignore_eos`).
 """
 
 import argparse
 import json
+import math
 import os
 import random
 import subprocess
@@ -24,6 +29,11 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
+
+SPREAD = 1.2
+"""The sigma of heavy-tailed lengths: the longest hundredth is 8 times as long as the mean."""
+LONGEST = 8192
+SHARED = 64
 
 SIDES = ("bare", "ours", "ray.data.llm")
 
@@ -50,7 +60,7 @@ def main() -> None:
     if arguments.side:
         run_side(arguments.side, arguments.engine, arguments.folder)
         return
-    rows = arguments.rows or [{"cpu": 512, "h200": 4096}[arguments.engine]] * len(arguments.shapes)
+    rows = arguments.rows or [4096 if arguments.engine == "h200" else 512] * len(arguments.shapes)
     results = []
     for shape, count in zip(arguments.shapes, rows, strict=True):
         with tempfile.TemporaryDirectory(prefix="phi4ray-") as name:
@@ -69,20 +79,34 @@ def main() -> None:
 
 
 def prepare(folder: Path, engine: str, shape: str, rows: int) -> None:
-    """Write the model's folder and the prompts: random words, so that no prefix is shared."""
+    """Write the model's folder and the prompts: random words, with their limits."""
     from transformers import AutoTokenizer
 
     model = make_model(engine, folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(model)
-    prompt_tokens, answer_tokens = map(int, shape.split("x"))
+    kind, _, size = shape.rpartition(":")
+    prompt_tokens, answer_tokens = map(int, size.split("x"))
     random_ = random.Random(0)
     words = sorted({word for word in (ROOT / "README.md").read_text().split() if word.isascii()})
+
+    def text(tokens: int) -> str:
+        ids = tokenizer.encode(" ".join(random_.choices(words, k=tokens)))
+        return tokenizer.decode(ids[:tokens])
+
+    shared = [text(prompt_tokens // 2) for _ in range(SHARED)] if kind == "shared" else []
+    longest = min(LONGEST, ENGINES[engine]["max_model_len"] - prompt_tokens - 64)
+    middle = math.log(answer_tokens) - SPREAD**2 / 2
     (folder / "prompts").mkdir()
     with (folder / "prompts" / "prompts.jsonl").open("w") as stream:
         for number in range(rows):
-            text = " ".join(random_.choices(words, k=prompt_tokens))
-            ids = tokenizer.encode(text)[:prompt_tokens]
-            stream.write(json.dumps({"id": str(number), "prompt": tokenizer.decode(ids)}) + "\n")
+            row: dict[str, Any] = {"id": str(number), "prompt": text(prompt_tokens)}
+            if kind == "shared":
+                rest = text(prompt_tokens - prompt_tokens // 2)
+                row["prompt"] = f"{random_.choice(shared)} {rest}"
+            if kind == "heavy":
+                limit = round(random_.lognormvariate(middle, SPREAD))
+                row["sampling"] = {"max_tokens": min(longest, max(1, limit))}
+            stream.write(json.dumps(row) + "\n")
     sampling = {"temperature": 0.0, "max_tokens": answer_tokens, "ignore_eos": True}
     (folder / "sampling.json").write_text(json.dumps(sampling))
 
@@ -122,11 +146,12 @@ def bare(
 ) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
-    texts = [json.loads(line)["prompt"] for line in (prompts / "prompts.jsonl").open()]
+    rows = [json.loads(line) for line in (prompts / "prompts.jsonl").open()]
+    limits = [SamplingParams(**(sampling | row.get("sampling", {}))) for row in rows]
     llm = LLM(model, **engine)
     llm.generate(["Hello"], SamplingParams(max_tokens=1), use_tqdm=False)  # as our replicas do
     began = time.monotonic()
-    outputs = llm.generate(texts, SamplingParams(**sampling), use_tqdm=False)
+    outputs = llm.generate([row["prompt"] for row in rows], limits, use_tqdm=False)
     return {
         "engine_s": time.monotonic() - began,
         "prompt_tokens": sum(len(output.prompt_token_ids or ()) for output in outputs),
@@ -143,7 +168,7 @@ def ours(
     from phi4ray.config import batch_config
 
     console = Console(stderr=True)
-    settings = engine | {"model": model} | ({"num_gpus": 0} if kind == "cpu" else {})
+    settings = engine | {"model": model} | ({} if kind == "h200" else {"num_gpus": 0})
     with tempfile.TemporaryDirectory(prefix="phi4ray-answers-") as output:
         config = batch_config(
             {
@@ -190,7 +215,7 @@ def ray_data_llm(
             detokenize_stage=False,
             **(
                 {"placement_group_config": {"bundles": [{"CPU": 1}]}, "accelerator_type": None}
-                if kind == "cpu"
+                if kind != "h200"
                 else {}
             ),
         )
@@ -199,7 +224,7 @@ def ray_data_llm(
             preprocess=lambda row: {
                 "prompt": row["prompt"],
                 "id": row["id"],
-                "sampling_params": sampling,
+                "sampling_params": sampling | (row.get("sampling") or {}),
             },
             postprocess=lambda row: {
                 "id": row["id"],

@@ -230,7 +230,7 @@ class Bench:
         arguments = self._arguments
         from cluster.environment import SERVING
 
-        cpu = arguments.engine == "cpu"
+        cpu = arguments.engine != "h200"
         harvest = dict(item.split("=") for item in arguments.set)
         config = {
             "engine": {"model": str(self._folder / "model"), "served_model_name": NAME,

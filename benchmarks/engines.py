@@ -3,13 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+_CPU = {
+    "max_model_len": 2048,
+    "kv_cache_memory_bytes": 1 << 30,
+    "max_num_seqs": 256,
+    "max_num_batched_tokens": 4096,
+}
 ENGINES: dict[str, dict[str, Any]] = {
-    "cpu": {
-        "max_model_len": 2048,
-        "kv_cache_memory_bytes": 1 << 30,
-        "max_num_seqs": 256,
-        "max_num_batched_tokens": 4096,
-    },
+    # The tiny model: its engine is so fast that all around it counts several times.
+    "cpu": _CPU,
+    # One of 170 million parameters, whose steps take long enough to be what a service waits for.
+    "cpu-170m": _CPU,
     "h200": {
         "load_format": "dummy",
         "quantization": "fp8",
@@ -23,11 +27,13 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 
 def make_model(engine: str, folder: Path) -> str:
-    """The tiny model, or on a GPU the shape of the full one, whose weights vLLM makes up."""
+    """A small model, or on a GPU the shape of the full one, whose weights vLLM makes up."""
     from phi4ray.train.tiny import make_dummy_model, make_tiny_model
 
     if engine == "h200":
         make_dummy_model(folder, "microsoft/phi-4")
+    elif engine == "cpu-170m":
+        make_tiny_model(folder, hidden_size=1024, num_hidden_layers=12)
     else:
         make_tiny_model(folder)
     return str(folder)

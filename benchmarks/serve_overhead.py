@@ -101,7 +101,7 @@ def running(side: str, engine: str, model: str) -> Iterator[None]:
     if side == "vllm":
         command = [sys.executable, __file__, "--engine", engine, "--serve-vllm", model]
     else:
-        settings = ENGINES[engine] | ({"num_gpus": 0} if engine == "cpu" else {})
+        settings = ENGINES[engine] | ({} if engine == "h200" else {"num_gpus": 0})
         pairs = [f"{key}={value}" for key, value in settings.items()]
         command = [
             sys.executable, str(ROOT / "jobs" / "serve.py"), "--model", model, "--port", str(PORT),

@@ -3,12 +3,17 @@
 import dataclasses
 import logging
 from collections.abc import Mapping
+from concurrent.futures import Future
 from typing import Any
 
+import ray
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 from ray.util.metrics import Gauge
 
+from cluster.harvest import job_board
+from phi4ray.config import EngineConfig
 from phi4ray.serve.autoscaling import CAUSES, AutoscalingPolicyConfig, ReplicaLoad, decide
+from phi4ray.serve.config import ServeConfig
 
 STATS_S = 1.0
 STATS = tuple(field.name for field in dataclasses.fields(ReplicaLoad))
@@ -21,6 +26,38 @@ def load_stats(load: ReplicaLoad) -> dict[str, float]:
     return dataclasses.asdict(load)
 
 
+class OpenShards:
+    """What batch jobs still want answered, asked of their board and never waited for.
+
+    Where no replica runs nobody else tells the board what one would run.
+    """
+
+    def __init__(self, application: str, engine: EngineConfig, batch_replicas: int) -> None:
+        self._application = application
+        self._engine = engine
+        self._batch_replicas = batch_replicas
+        self._board: Any = None
+        self._asked_s = 0.0
+        self._answer: Future[int] | None = None
+        self._known = 0
+
+    def look(self, now_s: float) -> int:
+        """The newest answer; asks again after `STATS_S`."""
+        if self._answer is not None and self._answer.done():
+            try:
+                self._known = self._answer.result()
+            except ray.exceptions.RayError:
+                logger.warning("the actor of batch jobs is away")
+                self._board = None
+            self._answer = None
+        if self._answer is None and now_s - self._asked_s >= STATS_S:
+            self._asked_s = now_s
+            self._board = self._board or job_board(self._application)
+            asked = self._board.open_shards.remote(self._engine, self._batch_replicas)
+            self._answer = asked.future()
+        return self._known
+
+
 class ScaleByTokens:
     """Serve makes one in its controller, and calls it several times a second.
 
@@ -28,8 +65,13 @@ class ScaleByTokens:
     schedule ever has, and starts the first replica itself when a request waits for one.
     """
 
-    def __init__(self, policy: Mapping[str, Any]) -> None:
+    def __init__(
+        self, application: str, policy: Mapping[str, Any], engine: Mapping[str, Any]
+    ) -> None:
         self._config = AutoscalingPolicyConfig.model_validate(policy)
+        self._open_shards = OpenShards(
+            application, EngineConfig.model_validate(engine), self._config.batch_replicas
+        )
         self._desired = Gauge(
             "phi4ray_desired_replicas", "Replicas that autoscaling wants", ("application",)
         )
@@ -58,6 +100,7 @@ class ScaleByTokens:
             target=now,
             # With replicas there, Serve's count is of requests that are on their way to one.
             held_requests=0.0 if context.running_replicas else context.total_num_requests,
+            open_shards=self._open_shards.look(context.current_time),
             now_s=context.current_time,
             state=context.policy_state,
         )
@@ -81,9 +124,9 @@ class ScaleByTokens:
         return decision.replicas, decision.state
 
 
-def autoscaling_config(policy: AutoscalingPolicyConfig) -> AutoscalingConfig:
-    """Serve's configuration that calls `ScaleByTokens`."""
-    least, most = policy.widest
+def autoscaling_config(config: ServeConfig) -> AutoscalingConfig:
+    """Serve's configuration that calls `ScaleByTokens` for this application."""
+    least, most = config.autoscaling.widest
     return AutoscalingConfig(
         min_replicas=least,
         max_replicas=most,
@@ -94,6 +137,10 @@ def autoscaling_config(policy: AutoscalingPolicyConfig) -> AutoscalingConfig:
         downscale_delay_s=0,
         policy=AutoscalingPolicy(
             policy_function="cluster.autoscaling:ScaleByTokens",
-            policy_kwargs={"policy": policy.model_dump(mode="json")},
+            policy_kwargs={
+                "application": config.name,
+                "policy": config.autoscaling.model_dump(mode="json"),
+                "engine": config.engine.model_dump(mode="json"),
+            },
         ),
     )

@@ -3,6 +3,7 @@
 import logging
 import os
 import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -39,6 +40,9 @@ ENVIRONMENT = (
 
 class RayExecutor:
     """A `phi4ray.batch.executor.Executor` on the Ray cluster that this process is connected to."""
+
+    worker: Any = RayShardWorker
+    """The class that answers shards; benchmarks put one without an engine in its place."""
 
     def __init__(self, console: Console) -> None:
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of its every step
@@ -84,14 +88,21 @@ class RayExecutor:
         self._board = board = start_board()
         receipts: queue.SimpleQueue[Receipt] = queue.SimpleQueue()
         data = self._dataset(config, plan, pending)
+        stopped = threading.Event()
 
         def work() -> None:
             for batch in data.iter_batches(batch_size=None, prefetch_batches=0):
                 for receipt in receipts_of(batch):
                     receipts.put(receipt)
+                if stopped.is_set():  # what is queued is given up; the board ends what runs
+                    break
+
+        def stop() -> None:
+            stopped.set()
+            ray.get(board.stop.remote())
 
         try:
-            yield from in_thread(work, receipts, lambda: ray.get(board.stop.remote()))
+            yield from in_thread(work, receipts, stop)
         except Exception as error:
             raise ray.get(board.failure.remote()) or translated(error) from error
         finally:
@@ -113,7 +124,7 @@ class RayExecutor:
         context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
         shards = ray.data.from_items(list(pending), override_num_blocks=len(pending))
         return shards.map_batches(
-            RayShardWorker,
+            self.worker,
             fn_constructor_kwargs={
                 "config": config,
                 "plan": ray.put(plan),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
-from cluster.harvest import ServeExecutor, job_board
+from cluster.harvest import Board, job_board
 from phi4ray.batch.executor import InProcessExecutor
 from phi4ray.batches.executors import Executors
 from phi4ray.batches.runner import Runner
@@ -21,7 +21,7 @@ ExecutorsOf = Callable[[ServeConfig], Executors]
 def on_service(config: ServeConfig) -> Executors:
     """Executors on the application's own replicas, in what online traffic leaves."""
     job_board(config.name)  # no replica may have started one yet
-    return lambda stopped: ServeExecutor(config.name, InProcessExecutor(), stopped)
+    return lambda stopped: Board(config.name).executor(InProcessExecutor(), stopped)
 
 
 class BatchRunner:

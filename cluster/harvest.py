@@ -1,6 +1,6 @@
 """Batch jobs on the replicas of a running Serve application: the actor between, and both its ends.
 
-    ServeExecutor (driver) ── submit, poll ──► JobBoard ◄── exchange ── every replica
+    TableExecutor (driver) ── submit, poll ──► JobBoard ◄── exchange ── every replica
 
 No row and no answer passes here: replicas read inputs and write parts themselves.
 """
@@ -8,28 +8,23 @@ No row and no answer passes here: replicas read inputs and write parts themselve
 import asyncio
 import logging
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import ray
 
 from cluster.shared import NAMESPACE, shared_actor
-from phi4ray.batch.executor import TICK_S, Executor, shards_in_flight
+from phi4ray.batch.executor import Executor
 from phi4ray.batch.jobtable import Job, JobTable, News, Orders, Report
-from phi4ray.batch.parts import Receipt
-from phi4ray.batch.plan import Plan
-from phi4ray.batch.worker import WorkerStats
-from phi4ray.batches.executors import stopped_executor
-from phi4ray.config import BatchConfig, EngineConfig
+from phi4ray.config import EngineConfig
 from phi4ray.errors import ClusterError
 from phi4ray.protocol import RowError
+from phi4ray.serve.executor import TableExecutor
 from phi4ray.serve.shards import ShardHost
 
-T = TypeVar("T")
-R = TypeVar("R")
-
 EXCHANGE_S = 0.25
+IDLE_S = 1.0
+"""So often a replica without jobs asks for one."""
 LOST_S = 60.0
 """So long a driver waits for the actor in the middle to come back."""
 
@@ -45,6 +40,10 @@ class JobBoard:
     def engine(self) -> EngineConfig | None:
         """What the replicas run, once one was heard of."""
         return self._table.engine
+
+    def open_shards(self, engine: EngineConfig, batch_replicas: int) -> int:
+        """See `JobTable.open_shards`."""
+        return self._table.open_shards(engine, batch_replicas, time.monotonic())
 
     def submit(self, job: Job, pending: Sequence[int]) -> None:
         """See `JobTable.submit`."""
@@ -88,40 +87,47 @@ async def host_shards(application: str, host: ShardHost) -> None:
         # A shard that is done is told at once, but not each of many small ones by itself.
         await asyncio.sleep(EXCHANGE_S / 10)
         try:
-            async with asyncio.timeout(EXCHANGE_S):
+            async with asyncio.timeout(EXCHANGE_S if host.working else IDLE_S):
                 await host.changed.wait()
         except TimeoutError:
             pass
         host.changed.clear()
 
 
-class ServeExecutor:
-    """A `phi4ray.batch.executor.Executor` on the replicas of a running application.
-
-    `tasks` is what `map` runs on. `stopped` is asked at each tick: from when it gives an error,
-    that is what every row without an answer gets, see `ShardWorker.stop`.
+class Board:
+    """An application's `JobBoard`, as drivers ask it.
 
     Raises:
         ClusterError: no such application runs on the cluster that this process is connected to.
     """
 
-    def __init__(
-        self,
-        application: str,
-        tasks: Executor,
-        stopped: Callable[[], RowError | None] = lambda: None,
-    ) -> None:
+    def __init__(self, application: str) -> None:
         self._application = application
-        self._tasks = tasks
-        self._stopped = stopped
-        self._stats: Mapping[str, WorkerStats] = {}
         try:
-            self._board = ray.get_actor(_board_name(application), NAMESPACE)
+            self._actor = ray.get_actor(_board_name(application), NAMESPACE)
         except ValueError:
             raise ClusterError(
                 f"no application {application!r} of phi4ray runs on this cluster: start it with "
                 "`python jobs/serve.py`, or look for its name with `serve status`"
             ) from None
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the board, through its restarts.
+
+        Raises:
+            ClusterError: it has been away for `LOST_S`.
+        """
+        until = time.monotonic() + LOST_S
+        while True:
+            try:
+                return ray.get(getattr(self._actor, method).remote(*arguments), timeout=LOST_S)
+            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+                if time.monotonic() > until:
+                    raise ClusterError(
+                        f"the application {self._application!r} is gone: the same command goes on "
+                        "from the parts that are done, once it runs again"
+                    ) from error
+                time.sleep(EXCHANGE_S)
 
     def engine(self) -> EngineConfig:
         """What the application's replicas run.
@@ -130,7 +136,7 @@ class ServeExecutor:
             ClusterError: none of them has been heard of for `LOST_S`.
         """
         until = time.monotonic() + LOST_S
-        while (found := self._ask("engine")) is None:
+        while (found := self.ask("engine")) is None:
             if time.monotonic() > until:
                 raise ClusterError(
                     f"no replica of {self._application!r} is running: see `serve status`"
@@ -139,63 +145,11 @@ class ServeExecutor:
         engine: EngineConfig = found
         return engine
 
-    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """See `Executor.map`."""
-        return self._tasks.map(function, items)
-
-    def stats(self) -> Mapping[str, WorkerStats]:
-        """See `Executor.stats`."""
-        return self._stats
-
-    def run_shards(
-        self, config: BatchConfig, plan: Plan, pending: Sequence[int]
-    ) -> Iterator[Receipt | None]:
-        """See `Executor.run_shards`."""
-        lanes = shards_in_flight(config, plan)
-        name = f"{plan.plan_id}-{uuid.uuid4().hex[:8]}"
-        job = Job(name, config, plan.plan_id, lanes, config.weight, config.priority)
-        todo = dict.fromkeys(pending)
-        self._ask("submit", job, list(todo))
-        seen = 0
-        stopping: RowError | None = None
-        try:
-            while todo:
-                news: News | None = self._ask("poll", name, seen)
-                if news is None:  # it was restarted
-                    self._ask("submit", job, list(todo))
-                    seen, stopping = 0, None
-                    continue
-                self._stats = news.stats
-                for receipt in news.receipts:
-                    seen += 1
-                    if todo.pop(receipt.shard, ...) is None:
-                        yield receipt
-                if news.failure is not None:
-                    raise news.failure
-                if stopping is None:
-                    if stopping := self._stopped():
-                        self._ask("stop", name, stopping)
-                elif not news.leased:
-                    # What no replica has begun needs none.
-                    yield from stopped_executor(stopping).run_shards(config, plan, list(todo))
-                    return
-                if todo:
-                    yield None
-                    time.sleep(TICK_S / 2)
-        finally:
-            self._stats = {}
-            self._ask("forget", name)
-
-    def _ask(self, method: str, *arguments: Any) -> Any:
-        """Call the board, through its restarts."""
-        until = time.monotonic() + LOST_S
-        while True:
-            try:
-                return ray.get(getattr(self._board, method).remote(*arguments), timeout=LOST_S)
-            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-                if time.monotonic() > until:
-                    raise ClusterError(
-                        f"the application {self._application!r} is gone: the same command goes on "
-                        "from the parts that are done, once it runs again"
-                    ) from error
-                time.sleep(EXCHANGE_S)
+    def executor(
+        self,
+        tasks: Executor,
+        stopped: Callable[[], RowError | None] = lambda: None,
+        say: Callable[[str], None] = logger.warning,
+    ) -> TableExecutor:
+        """Make the executor of a job on the application's replicas."""
+        return TableExecutor(self._application, self.ask, tasks, stopped, say)

@@ -26,6 +26,7 @@ from ray.serve.schema import LoggingConfig
 
 from cluster.autoscaling import autoscaling_config, load_stats
 from cluster.batches import batch_runner
+from cluster.draining import follow_draining
 from cluster.gpus import cluster_gpus
 from cluster.harvest import host_shards
 from cluster.limits import share_limits
@@ -68,17 +69,18 @@ class Phi4Replica:
         self._app = OnlineApp(self._replica, config)
         here = serve.get_replica_context()
         self._watch = asyncio.create_task(self._exit_with_the_engine())
-        self._sharing = asyncio.create_task(
-            share_limits(
-                config.name,
-                here.replica_id.unique_id,
-                self._app.gate.limiter,
-                config.autoscaling.widest[1],
+        if config.gate.keys_file is not None:
+            self._sharing = asyncio.create_task(
+                share_limits(
+                    config.name,
+                    here.replica_id.unique_id,
+                    self._app.gate.limiter,
+                    config.autoscaling.widest[1],
+                )
             )
-        )
-
         host = ShardHost(here.replica_id.unique_id, config.engine, self._replica, self._app.harvest)
         self._hosting = asyncio.create_task(host_shards(config.name, host))
+        self._draining = asyncio.create_task(follow_draining(here.replica_id, host.drain))
 
     async def _exit_with_the_engine(self) -> None:
         # Serve notices a dead process at once, and an unhealthy replica after three looks.
@@ -157,7 +159,7 @@ def application(config: ServeConfig) -> serve.Application:
         replicas = replicas.options(num_replicas=most)
     else:
         replicas = replicas.options(
-            num_replicas="auto", autoscaling_config=autoscaling_config(config.autoscaling)
+            num_replicas="auto", autoscaling_config=autoscaling_config(config)
         )
     beside = [batch_runner(config)] if config.batches is not None else []
     # One replica needs no choice, and its requests no hop to who makes it.

@@ -21,6 +21,9 @@ from phi4ray.exporter import export_metrics
 
 REPORT_S = 0.5
 
+NOTHING = ""
+"""In place of a receipt, for a shard that was given up: Ray Data would hide an empty batch."""
+
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
@@ -45,6 +48,7 @@ class RayShardWorker:
         self._name = ray.get_runtime_context().get_actor_id() or "driver"
         self._failure: Phi4rayError | None = None
         self._running: set[Future[Any]] = set()
+        self._stopped = False
         self._loop = uvloop.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="phi4ray", daemon=True).start()
         try:
@@ -68,12 +72,14 @@ class RayShardWorker:
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
         """Answer the shards in `batch["item"]`; gives their receipts as JSON in `receipt`."""
+        if self._stopped:
+            return {"receipt": [NOTHING]}
         try:
             if self._failure is not None:
                 raise self._failure
             receipts = [self._wait(self._worker.run(int(index))) for index in batch["item"]]
         except CancelledError:  # the driver said stop
-            return {"receipt": []}
+            return {"receipt": [NOTHING]}
         except Phi4rayError as error:
             if isinstance(error, EngineDeadError) and ray.get(self._board.engine_died.remote()):
                 logger.error("%s; Ray starts another", error)
@@ -99,6 +105,7 @@ class RayShardWorker:
             except ray.exceptions.RayActorError:
                 go_on = True  # between the board's death and its restart
             if not go_on:
+                self._stopped = True  # Ray may have many more shards for this actor
                 for future in list(self._running):
                     future.cancel()
             await asyncio.sleep(REPORT_S)
@@ -106,4 +113,4 @@ class RayShardWorker:
 
 def receipts_of(batch: Mapping[str, Any]) -> list[Receipt]:
     """Decode what `RayShardWorker` gave."""
-    return [Receipt.model_validate_json(text) for text in batch["receipt"]]
+    return [Receipt.model_validate_json(text) for text in batch["receipt"] if text != NOTHING]

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a
 
 from cluster.batch import RayExecutor
 from cluster.gpus import cluster_gpus
-from cluster.harvest import ServeExecutor
+from cluster.harvest import Board
 from cluster.local import connected
 from cluster.metrics import JobMetrics
 from jobs.flags import (
@@ -75,8 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with connected():
             executor: Executor = RayExecutor(console)
             if arguments.serve:
-                executor = on_service = ServeExecutor(arguments.serve, executor)
-                config = config.model_copy(update={"engine": on_service.engine()})
+                board = Board(arguments.serve)
+                executor = board.executor(executor, say=console.print)
+                config = config.model_copy(update={"engine": board.engine()})
             planned_for = cards_of(arguments, cluster_gpus())
             if not arguments.serve:  # whose replicas run already
                 refuse_misfit(config.engine, planned_for)

@@ -25,6 +25,12 @@ class Config(BaseModel):
 
 C = TypeVar("C", bound=Config)
 
+YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+"""What PyYAML raises: of dates that are none, and of tags that do not fit, mere Python's."""
+
+MAX_YAML_VALUES = 100_000
+"""In a config file: a few lines of aliases can stand for more than any memory holds."""
+
 
 class EngineConfig(Config):
     """One vLLM engine. Fields have the names and meanings of `vllm serve`'s arguments.
@@ -100,6 +106,10 @@ class BatchConfig(Config):
     limit: int | None = Field(None, ge=1, description="Only the first N rows of the inputs")
     shard_rows: int = Field(1000, ge=1, description="Most rows in one output part")
     shard_mib: float = Field(64.0, gt=0, description="Most input bytes in one output part")
+    max_row_mib: float = Field(32.0, gt=0, description="Largest row; larger ones get an error")
+    max_columns: int = Field(
+        1000, ge=0, description="Most members of rows that are carried; with more a job is refused"
+    )
     min_replicas: int = Field(1, ge=1)
     max_replicas: int | None = Field(None, ge=1, description="None: as many as the cluster fits")
     shards_in_flight: int | None = Field(
@@ -158,17 +168,37 @@ def load_yaml(text: str, source: str) -> dict[str, Any]:
     """Decode a YAML config file.
 
     Raises:
-        ConfigError: it is no YAML mapping.
+        ConfigError: it is no YAML mapping, or one that is larger than it looks.
     """
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise ConfigError(f"{source} is not valid YAML: it is nested too deeply") from None
+    except YAML_ERRORS as error:
         raise ConfigError(f"{source} is not valid YAML: {error}") from error
+    if _has_more(value, MAX_YAML_VALUES):
+        raise ConfigError(
+            f"{source} stands for more than {MAX_YAML_VALUES:,} values: its aliases ('*name') lie "
+            "in each other, or in themselves"
+        )
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise ConfigError(f"{source} must hold a mapping, not {type(value).__name__}")
     return value
+
+
+def _has_more(value: Any, most: int) -> bool:
+    """Whether a value holds more than so many, those behind aliases counted at each of them."""
+    waiting, count = [value], 0
+    while waiting and count <= most:
+        one = waiting.pop()
+        count += 1
+        if isinstance(one, dict):
+            waiting.extend(one.values())
+        elif isinstance(one, list | set | tuple):
+            waiting.extend(one)
+    return count > most
 
 
 def batch_config(*layers: Mapping[str, Any]) -> BatchConfig:

@@ -50,6 +50,9 @@ def fake_app(
         choice = reply.body["choices"][0]
         text = choice["message"]["content"] if endpoint == CHAT else choice["text"]
         options = body.get("stream_options") or {}
+        if not isinstance(options, dict):
+            reply = refusal("invalid_type", "'stream_options' is not an object")
+            return JSONResponse(reply.body, reply.status)
 
         async def events() -> AsyncIterator[str]:
             for character in text:

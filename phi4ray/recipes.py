@@ -206,6 +206,6 @@ def find_recipe(name: str) -> Recipe:
     Raises:
         ConfigError: there is none of that name.
     """
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:  # a config file may hold anything
         raise ConfigError(f"there is no recipe {name!r}: known are {', '.join(RECIPES)}")
     return RECIPES[name]

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
+import logging
 import os
 from argparse import Namespace
 from collections.abc import Callable
@@ -93,6 +94,8 @@ class VllmReplica:
             disable_log_stats=args.disable_log_stats,
         )
         tasks = await engine.get_supported_tasks()
+        # A library below it sets the root logger to this, and to errors only if there is none.
+        os.environ.setdefault("SAGEMAKER_CONTAINER_LOG_LEVEL", str(logging.root.level))
         self.app = build_app(args, tasks, config.model_config)
         state = self.app.state
         await init_app_state(engine, state, args, tasks)

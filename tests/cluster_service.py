@@ -20,12 +20,14 @@ from cluster.environment import SERVING
 os.environ |= SERVING | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2"}
 import ray
 from cluster.local import connected
-from cluster.serve import deployed
+from cluster.serve import application, deployed
+from ray import serve
 from phi4ray.serve.config import serve_config
 
 with connected(num_cpus=4), deployed(serve_config(json.loads(sys.argv[2])), "127.0.0.1", int(sys.argv[1])):
     print("address", ray.get_runtime_context().gcs_address, flush=True)
-    sys.stdin.read()
+    for line in sys.stdin:
+        serve.run(application(serve_config(json.loads(line))), name="phi4", route_prefix="/")
 """  # noqa: E501
 
 
@@ -57,6 +59,12 @@ class Service:
             text=True,
             env={**self._environment, "RAY_ADDRESS": self.address},
         )
+
+    def change(self, config: dict[str, Any]) -> None:
+        """Have it run with another configuration, and do not wait for that."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(config) + "\n")
+        self.process.stdin.flush()
 
     def replicas(self) -> list[psutil.Process]:
         found = []

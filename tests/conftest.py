@@ -1,20 +1,37 @@
 """An S3 server by real HTTP for the tests that need one: moto's, in this process."""
 
 import logging
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from hypothesis import settings
 from moto.server import ThreadedMotoServer
+from xdist.scheduler import LoadScopeScheduling
 
 from phi4ray.storage import s3
 
 # How long an example takes says more of the machine than of the code.
 settings.register_profile("phi4ray", deadline=None)
-settings.load_profile("phi4ray")
+# HYPOTHESIS_PROFILE=long runs tests/unit/test_fuzz_*.py for minutes, see tests/fuzz.py.
+settings.register_profile("long", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "phi4ray"))
+
+
+class SideBySide(LoadScopeScheduling):  # type: ignore[misc]
+    """Of Ray there is one at a time; what a file has started, as an engine, serves its tests."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::", 1)[0]
+        return "ray" if file.startswith(("tests/cluster/", "tests/crash/")) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SideBySide:
+    return SideBySide(config, log)
 
 
 def pytest_unconfigure() -> None:

@@ -1,7 +1,10 @@
 """An HTTP proxy before an S3 server, which breaks what it is told to break."""
 
 import http.client
+import socket
+import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -72,6 +75,12 @@ class Exchange:
         """End the connection."""
         self._handler.close_connection = True
 
+    def reset(self) -> None:
+        """End the connection as a host does that has lost it: by an RST."""
+        now = struct.pack("ii", 1, 0)
+        self._handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
+        self.hang_up()
+
 
 Fault = Callable[[Exchange], None]
 
@@ -89,6 +98,22 @@ def refusal(status: int, code: str, message: str = "") -> Fault:
 def hang_up(exchange: Exchange) -> None:
     """The server ends the connection without an answer, and does nothing."""
     exchange.hang_up()
+
+
+def reset(exchange: Exchange) -> None:
+    """The connection is reset without an answer, and the server does nothing."""
+    exchange.reset()
+
+
+def stall(seconds: float) -> Fault:
+    """The server carries the request out, and takes so long to answer."""
+
+    def fault(exchange: Exchange) -> None:
+        reply = exchange.forward()
+        time.sleep(seconds)
+        exchange.send(reply)
+
+    return fault
 
 
 def lose_answer(exchange: Exchange) -> None:
@@ -112,10 +137,12 @@ class _Rule:
 
 @dataclass
 class FaultProxy:
-    """Forwards everything, except what a rule made by `on` says."""
+    """Forwards everything, except what a rule made by `on`, or `choose`, says."""
 
     url: str
     upstream: str
+    choose: Callable[[Request], Fault | None] | None = None
+    """Asked about every request, from many threads; with it, `requests` are not kept."""
     requests: list[Request] = field(default_factory=list)
     _rules: list[_Rule] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -130,6 +157,10 @@ class FaultProxy:
 
     def handle(self, handler: BaseHTTPRequestHandler) -> None:
         exchange = Exchange(self, handler)
+        if self.choose is not None:
+            fault = self.choose(exchange.request)
+            fault(exchange) if fault else exchange.send(exchange.forward())
+            return
         with self._lock:
             self.requests.append(exchange.request)
             rule = next((rule for rule in self._rules if self._applies(rule, exchange)), None)
@@ -163,6 +194,9 @@ def fault_proxy(upstream: str) -> Iterator[FaultProxy]:
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True
+
+        def shutdown_request(self, request: Any) -> None:
+            self.close_request(request)  # without a FIN first: it is a reset if it shall be one
 
         def handle_error(self, *_: Any) -> None:
             """A client that goes away in the middle of an answer is what these tests are about."""

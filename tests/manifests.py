@@ -136,9 +136,10 @@ def quantity(text: str | int) -> float:
     return float(digits) * units.get(unit, 1)
 
 
-def composed(folder: Path, *components: str) -> list[Object]:
-    """The overlay h200/service with further components before the wiring."""
-    parts = ["hardware/h200", "workloads/service", *components, "wiring"]
+def composed(folder: Path, *components: str, name: str = "h200/service") -> list[Object]:
+    """An overlay with further components before the wiring."""
+    hardware, workload = name.split("/")
+    parts = [f"hardware/{hardware}", f"workloads/{workload}", *components, "wiring"]
     text = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
@@ -150,6 +151,22 @@ def composed(folder: Path, *components: str) -> list[Object]:
     }
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(text))
     return render(folder)
+
+
+def with_values(folder: Path, name: str, **values: str) -> list[Object]:
+    """An overlay as an operator has it who keeps values of their own in a folder."""
+    mine = folder / "mine"
+    mine.mkdir()
+    patch = {
+        "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "values"}, "data": values,
+    }  # fmt: skip
+    component = {
+        "apiVersion": "kustomize.config.k8s.io/v1alpha1", "kind": "Component",
+        "patches": [{"path": "values.yaml"}],
+    }  # fmt: skip
+    (mine / "values.yaml").write_text(yaml.safe_dump(patch))
+    (mine / "kustomization.yaml").write_text(yaml.safe_dump(component))
+    return composed(folder, "mine", name=name)
 
 
 def service_of(objects: list[Object]) -> tuple[Object, ServeConfig]:

@@ -14,7 +14,13 @@ from typing import Any
 import pyarrow as pa
 
 from phi4ray.batch.rows import RESERVED, as_text, request_members
+from phi4ray.errors import ConfigError
 from phi4ray.protocol import Json, RowError
+
+UNREADABLE = (ValueError, ArithmeticError, TypeError, LookupError)
+"""What Arrow raises of values that are broken, or that Python has not: text that is not UTF-8,
+dates after 9999, times of unknown zones, maps with lists for keys, structs that name a member
+twice."""
 
 
 def encode_schema(schema: pa.Schema) -> str:
@@ -23,8 +29,18 @@ def encode_schema(schema: pa.Schema) -> str:
 
 
 def decode_schema(text: str) -> pa.Schema:
-    """The schema that `encode_schema` wrote."""
-    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))
+    """The schema that `encode_schema` wrote.
+
+    Raises:
+        ConfigError: it did not write this.
+    """
+    try:
+        return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise ConfigError(
+            f"the plan's carried columns cannot be read ({error}): restore _plan.json, or use a "
+            "new --output"
+        ) from error
 
 
 def json_kind(value: object) -> str:
@@ -123,7 +139,7 @@ def conform(table: pa.Table, schema: pa.Schema) -> tuple[pa.Table, dict[int, Row
         found = table[column.name]
         try:
             arrays.append(_as_type(found, column.type))
-        except ValueError:  # of Arrow, or of text that cannot be decoded
+        except UNREADABLE:
             cells: list[Any] = []
             for at in range(table.num_rows):
                 cell = found.slice(at, 1).combine_chunks()
@@ -131,18 +147,20 @@ def conform(table: pa.Table, schema: pa.Schema) -> tuple[pa.Table, dict[int, Row
                     cell = cell.dictionary_decode()
                 try:
                     cells.append(_as_type(cell, column.type))
-                except ValueError as error:
+                except UNREADABLE as error:
                     cells.append(pa.nulls(1, column.type))
                     broken[at] = _broken(cell, column.name, error)
             arrays.append(pa.chunked_array(cells, column.type))
     return pa.table(arrays, schema=schema), broken
 
 
-def _broken(cell: Any, name: str, error: ValueError) -> RowError:
+def _broken(cell: Any, name: str, error: Exception) -> RowError:
     try:
-        cell.validate(full=True)
-    except pa.ArrowInvalid:
+        cell.to_pylist(maps_as_pydicts="lossy")
+    except UnicodeDecodeError:
         return RowError("invalid_utf8", f"column {name!r} holds text that is not UTF-8")
+    except UNREADABLE:
+        pass
     return RowError("invalid_value", f"the value of column {name!r} does not fit: {error}")
 
 

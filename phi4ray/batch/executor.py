@@ -24,6 +24,9 @@ R = TypeVar("R")
 
 TICK_S = 0.5
 
+IN_FLIGHT_BYTES = 1 << 30
+"""What the shards that a replica works on may have as input; decoded they take several times it."""
+
 
 class Executor(Protocol):
     """Runs the two kinds of work of a job."""
@@ -53,12 +56,15 @@ class Executor(Protocol):
 def shards_in_flight(config: BatchConfig, plan: Plan) -> int:
     """Shards that one replica works on at once: enough rows to fill it twice, and one more.
 
-    One shard is being read or written while the others' rows are with the engine.
+    One shard is being read or written while the others' rows are with the engine. Of large rows
+    there are fewer at once: `IN_FLIGHT_BYTES` of input.
     """
     if config.shards_in_flight is not None:
         return config.shards_in_flight
-    mean_rows = max(1, plan.rows // max(1, len(plan.shards)))
-    return max(2, min(64, 1 + -(-2 * config.engine.max_num_seqs // mean_rows)))
+    shards = max(1, len(plan.shards))
+    mean_rows, mean_bytes = max(1, plan.rows // shards), max(1, plan.prompt_bytes // shards)
+    wanted = 1 + -(-2 * config.engine.max_num_seqs // mean_rows)
+    return max(2, min(64, wanted, IN_FLIGHT_BYTES // mean_bytes))
 
 
 class InProcessExecutor:

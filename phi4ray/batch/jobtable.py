@@ -54,7 +54,8 @@ class Job:
 class Report:
     """What a replica tells: all by name of job.
 
-    `holding` has the shards that it works on, `wanted` how many more it would take.
+    `holding` has the shards that it works on, `wanted` how many more it would take. One that is
+    `draining` has dropped its shards, and takes no other.
     """
 
     replica: str
@@ -64,6 +65,7 @@ class Report:
     wanted: Mapping[str, int] = field(default_factory=dict)
     finished: Sequence[tuple[str, Receipt]] = ()
     failed: Sequence[tuple[str, Phi4rayError]] = ()
+    draining: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +87,33 @@ class Orders:
 class News:
     """What a driver is told: the receipts that it has not seen, and what replicas do now.
 
-    `leased` counts the shards that replicas work on.
+    `leased` counts the shards that replicas work on, `replicas` those that were heard of lately.
+    `batch_replicas` is how many batch may start or keep, None where their number is fixed.
     """
 
     receipts: tuple[Receipt, ...]
     leased: int
     stats: Mapping[str, WorkerStats]
     failure: Phi4rayError | None
+    replicas: int = 0
+    batch_replicas: int | None = None
+
+
+def waits_for(application: str, news: News) -> str:
+    """Say what a job waits for while no replica runs; empty while one does."""
+    if news.replicas:
+        return ""
+    nobody = f"no replica of {application!r} runs: rows wait "
+    match news.batch_replicas:
+        case None:
+            return nobody + "until Serve has started one"
+        case 0:
+            return (
+                nobody + "for an online request to start one. With autoscaling.batch_replicas of 1 "
+                "or more in the application's settings batch jobs do so themselves"
+            )
+        case _:
+            return nobody + "for the one that is being started for them"
 
 
 @dataclass(slots=True)
@@ -118,6 +140,7 @@ class JobTable:
         self._started_s = now_s
         self._jobs: dict[str, _Entry] = {}
         self._replicas: dict[str, float] = {}
+        self._batch_replicas: int | None = None
 
     def submit(self, job: Job, pending: Sequence[int], now_s: float) -> None:
         """Have these shards answered, in this order."""
@@ -133,7 +156,29 @@ class JobTable:
         # What was received need not be kept.
         del entry.receipts[: seen - entry.seen]
         entry.seen = seen
-        return News(tuple(entry.receipts), len(entry.leases), dict(entry.stats), entry.failure)
+        return News(
+            tuple(entry.receipts),
+            len(entry.leases),
+            dict(entry.stats),
+            entry.failure,
+            sum(now_s - at <= SILENT_S for at in self._replicas.values()),
+            self._batch_replicas,
+        )
+
+    def open_shards(self, engine: EngineConfig, batch_replicas: int, now_s: float) -> int:
+        """Tell autoscaling how many shards of all jobs are not answered yet.
+
+        It tells what the application's replicas run, of which there may be none, and how many of
+        them batch may start or keep.
+        """
+        self.engine, self._batch_replicas = engine, batch_replicas
+        return sum(
+            len(entry.pending) + len(entry.leases)
+            for entry in self._jobs.values()
+            if entry.failure is None
+            and entry.stop is None
+            and now_s - entry.heard_s <= DRIVER_SILENT_S
+        )
 
     def stop(self, name: str, error: RowError) -> None:
         """Have the shards in hand ended with this error for what is left; begin no other."""
@@ -155,6 +200,11 @@ class JobTable:
         for name, error in report.failed:
             if (entry := self._jobs.get(name)) and entry.failure is None:
                 entry.failure = error
+        if report.draining:
+            del self._replicas[report.replica]
+            for entry in self._jobs.values():
+                _leave(entry, report.replica)
+            return Orders(live=frozenset())
         begin: dict[str, tuple[int, ...]] = {}
         drop: dict[str, frozenset[int]] = {}
         for name, entry in self._jobs.items():
@@ -184,10 +234,8 @@ class JobTable:
         for replica in [r for r, at in self._replicas.items() if now_s - at > SILENT_S]:
             del self._replicas[replica]
             for entry in self._jobs.values():
-                entry.stats.pop(replica, None)
-                for shard in [s for s, held in entry.leases.items() if replica in held]:
+                for shard in _leave(entry, replica):
                     entry.lost[shard] = entry.lost.get(shard, 0) + 1
-                    _release(entry, shard, replica)
                     if entry.lost[shard] >= MAX_LOST:
                         entry.failure = EngineDeadError(
                             f"shard {shard} went down with {MAX_LOST} replicas: if their logs say "
@@ -210,6 +258,15 @@ def _renew(entry: _Entry, replica: str, held: frozenset[int], now_s: float) -> N
     for shard, leases in list(entry.leases.items()):
         if shard not in held and now_s - leases.get(replica, now_s) > SILENT_S:
             _release(entry, shard, replica)
+
+
+def _leave(entry: _Entry, replica: str) -> list[int]:
+    """Take back all shards of a replica, and return them."""
+    entry.stats.pop(replica, None)
+    shards = [shard for shard, leases in entry.leases.items() if replica in leases]
+    for shard in shards:
+        _release(entry, shard, replica)
+    return shards
 
 
 def _release(entry: _Entry, shard: int, replica: str) -> None:

@@ -9,10 +9,12 @@ import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field, FiniteFloat
 from pydantic_core import to_json
 
 from phi4ray.batch.plan import Plan
@@ -105,20 +107,27 @@ def error_of(answer: Answer) -> RowError:
     return RowError(by_status.get(answer.status, "engine_error"), message)
 
 
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
+def _length(edges: Sequence[float]) -> Any:
+    return Field(min_length=len(edges) + 1, max_length=len(edges) + 1)
+
+
 class Receipt(Config):
     """What a part holds, written into the part. Histograms count rows by the edges above."""
 
     plan_id: str
-    shard: int
-    rows: int
-    errors: Mapping[str, int]
-    prompt_tokens: int
-    completion_tokens: int
-    started_at: float
-    finished_at: float
-    latency_s: tuple[int, ...]
-    prompt_lengths: tuple[int, ...]
-    completion_lengths: tuple[int, ...]
+    shard: Count
+    rows: Count
+    errors: Mapping[str, Count]
+    prompt_tokens: Count
+    completion_tokens: Count
+    started_at: FiniteFloat
+    finished_at: FiniteFloat
+    latency_s: Annotated[tuple[Count, ...], _length(LATENCY_EDGES_S)]
+    prompt_lengths: Annotated[tuple[Count, ...], _length(TOKEN_EDGES)]
+    completion_lengths: Annotated[tuple[Count, ...], _length(TOKEN_EDGES)]
 
     @property
     def error_rows(self) -> int:
@@ -205,9 +214,17 @@ def read_part(output: str, plan: Plan, shard: int) -> pa.Table:
 
     Raises:
         ObjectNotFoundError: the shard is not done.
+        IncompleteOutputError: the object is no part.
     """
     uri = join(output, plan.part_name(shard))
-    return pq.read_table(io.BytesIO(storage_for(uri).read(uri)))
+    data = storage_for(uri).read(uri)
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        receipt_of(table.schema)
+        table.select(COLUMNS.names).validate(full=True)
+    except (pa.ArrowException, KeyError, OSError, ValueError) as error:
+        raise _no_part(uri) from error
+    return table
 
 
 def read_receipt(output: str, plan: Plan, shard: int) -> Receipt:
@@ -221,12 +238,16 @@ def read_receipt(output: str, plan: Plan, shard: int) -> Receipt:
         try:
             receipt = receipt_of(pq.read_schema(stream))
         except (pa.ArrowException, KeyError, OSError, ValueError) as error:
-            raise IncompleteOutputError(
-                f"{uri} is not a part that phi4ray wrote: delete it and run the job again"
-            ) from error
+            raise _no_part(uri) from error
     if (receipt.plan_id, receipt.shard) != (plan.plan_id, shard):
         raise IncompleteOutputError(f"{uri} holds another shard: delete it and run the job again")
     return receipt
+
+
+def _no_part(uri: str) -> IncompleteOutputError:
+    return IncompleteOutputError(
+        f"{uri} is not a part that phi4ray wrote: delete it and run the job again"
+    )
 
 
 def receipt_of(schema: pa.Schema) -> Receipt:

@@ -9,7 +9,7 @@ write the same bytes.
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 from pydantic_core import from_json, to_json
 
@@ -75,12 +75,12 @@ class Plan(Config):
     where parts lie under the output prefix: "" or a name that ends in "/".
     """
 
-    version: int = 1
+    version: Literal[1] = 1
     plan_id: str
     identity: Mapping[str, Any]
     inputs: tuple[Input, ...]
     carried: str
-    folder: str = ""
+    folder: Literal["", "_parts/"] = ""
     shards: tuple[Shard, ...]
     duplicate_ids: int = 0
     duplicate_example: str | None = None
@@ -119,6 +119,7 @@ def identity_of(config: BatchConfig, chat_template: str | None) -> dict[str, Any
         "system_prompt": config.system_prompt,
         **{f"sampling.{name}": value for name, value in config.sampling.items()},
         "limit": config.limit,
+        "max_row_mib": config.max_row_mib,
         "output_format": config.output_format,
     }
     # As it will be read from the plan: YAML has dates, and keys that are numbers.
@@ -168,18 +169,22 @@ def make_plan(
     sealed = tuple(
         item.model_copy(update={"rows": rows}) for item, rows in zip(inputs, counts, strict=True)
     )
-    digest = hashlib.sha256(to_json(identity))
-    for item in sealed:
-        digest.update(to_json(item))
-    for shard in shards:
-        digest.update(to_json(shard))
     return Plan(
-        plan_id=digest.hexdigest()[:12],
+        plan_id=_seal(identity, sealed, shards),
         identity=dict(identity),
         inputs=sealed,
         shards=tuple(shards),
         **facts,
     )
+
+
+def _seal(identity: Mapping[str, Any], inputs: Sequence[Input], shards: Sequence[Shard]) -> str:
+    digest = hashlib.sha256(to_json(identity))
+    for item in inputs:
+        digest.update(to_json(item))
+    for shard in shards:
+        digest.update(to_json(shard))
+    return digest.hexdigest()[:12]
 
 
 class Sealed(Protocol):
@@ -242,11 +247,17 @@ def read_plan(data: bytes, uri: str) -> Plan:
     """Decode `_plan.json`.
 
     Raises:
-        ConfigError: it is no plan, or one of another version of phi4ray.
+        ConfigError: it is no plan, one of another version of phi4ray, or not as it was written.
     """
     try:
-        return Plan.model_validate_json(data)
+        plan = Plan.model_validate_json(data)
     except ValueError as error:
         raise ConfigError(
             f"{uri} is not a plan that this version of phi4ray can read: use a new --output"
         ) from error
+    if _seal(plan.identity, plan.inputs, plan.shards) != plan.plan_id:
+        raise ConfigError(
+            f"{uri} is not as it was written: restore it, or use a new --output. Parts that are "
+            "done cannot be told from others without it"
+        )
+    return plan

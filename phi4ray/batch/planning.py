@@ -25,8 +25,10 @@ from phi4ray.batch.plan import (
 )
 from phi4ray.batch.scan import (
     Cut,
+    Ids,
     Scan,
     Unit,
+    check_columns,
     duplicates,
     number_rows,
     scan_unit,
@@ -107,27 +109,27 @@ def scan_inputs(
     config: BatchConfig, inputs: Sequence[Input], identity: Mapping[str, Any], executor: Executor
 ) -> Plan:
     """Scan all inputs and cut them into shards."""
-    cut = Cut(config.shard_rows, int(config.shard_mib * (1 << 20)))
+    cut = Cut(
+        config.shard_rows,
+        int(config.shard_mib * (1 << 20)),
+        int(config.max_row_mib * (1 << 20)),
+        config.max_columns,
+    )
     units = list(units_of(inputs))
     scans = list(_scans(config, inputs, units, cut, executor))
     slices = list(take(number_rows(scans), config.limit))
-    repeated, pair = duplicates(
-        np.concatenate([scan.ids for scan in scans])[: sum(piece.rows for piece in slices)]
-        if scans
-        else np.zeros(0, np.uint64)
+    repeated, pair = duplicates(_ids(scans)[: sum(piece.rows for piece in slices)])
+    carried = carried_schema(
+        [scan.kinds for scan in scans],
+        [scan.schema for scan in scans if scan.schema is not None],
     )
-    folder = "" if config.output_format == "parquet" else "_parts/"
+    check_columns("the inputs together", len(carried), cut.max_columns)
     return make_plan(
         identity,
         inputs,
         list(pack(slices, cut.rows, cut.bytes)),
-        carried=encode_schema(
-            carried_schema(
-                [scan.kinds for scan in scans],
-                [scan.schema for scan in scans if scan.schema is not None],
-            )
-        ),
-        folder=folder,
+        carried=encode_schema(carried),
+        folder="" if config.output_format == "parquet" else "_parts/",
         duplicate_ids=repeated,
         duplicate_example=" and ".join(_place(inputs, slices, row) for row in pair or ()) or None,
         prompt_bytes=sum(piece.size for piece in slices),
@@ -146,9 +148,18 @@ def _scans(
     scan_one = partial(_scan_one, tuple(inputs), cut, config.limit)
     for scan in executor.map(scan_one, units):
         yield scan
-        rows += len(scan.ids)
+        rows += scan.rows
         if config.limit is not None and rows >= config.limit:
             return
+
+
+def _ids(scans: Sequence[Scan]) -> Ids:
+    """The digests of all rows; none at all, and no memory for them, if no row has an id."""
+    if not any(len(scan.ids) for scan in scans):
+        return np.zeros(0, np.uint64)
+    return np.concatenate(
+        [scan.ids if len(scan.ids) else np.zeros(scan.rows, np.uint64) for scan in scans]
+    )
 
 
 def _scan_one(inputs: tuple[Input, ...], cut: Cut, limit: int | None, unit: Unit) -> Scan:

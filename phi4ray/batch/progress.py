@@ -57,7 +57,9 @@ class Window:
         """How long the rest will take at this speed; None where there is none."""
         row_rate = self.rates()[2]
         left = self.last.rows_total - self.last.rows_done
-        return timedelta(seconds=round(left / row_rate)) if row_rate else None
+        if not row_rate or left / row_rate > timedelta.max.total_seconds():
+            return None
+        return timedelta(seconds=round(left / row_rate))
 
     def line(self) -> str:
         """Say in one line how the run stands."""

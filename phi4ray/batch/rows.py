@@ -26,6 +26,12 @@ COLUMNS = frozenset({"custom_id", "id", "prompt", "messages", "sampling"})
 RESERVED = BATCH_LINE | COLUMNS
 """Members that may make a request; see `request_members`."""
 
+MAX_ROW_VALUES = 2_000_000
+"""Commas and brackets in a line: a list costs two bytes to write, and sixty to hold."""
+
+MAX_NAME_CHARS = 1024
+"""Of a member or column: each becomes a column of the output, named in every part's footer."""
+
 ENDPOINTS: tuple[Endpoint, ...] = get_args(Endpoint)
 
 
@@ -52,8 +58,12 @@ class Request:
     body: Json
 
 
-def decode_line(line: bytes) -> Json | RowError:
-    """Decode one JSONL line into a record."""
+def decode_line(line: bytes | RowError) -> Json | RowError:
+    """Decode one JSONL line into a record; one that was not read has its error already."""
+    if isinstance(line, RowError):
+        return line
+    if len(line) > MAX_ROW_VALUES and sum(map(line.count, (b",", b"[", b"{"))) > MAX_ROW_VALUES:
+        return RowError("too_many_values", f"the line has more than {MAX_ROW_VALUES:,} values")
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -64,6 +74,12 @@ def decode_line(line: bytes) -> Json | RowError:
         return RowError("invalid_json", f"the line is not JSON: {error}")
     if not isinstance(record, dict):
         return RowError("invalid_type", f"the line holds {_kind(record)}, not an object")
+    if (longest := max(map(len, record), default=0)) > MAX_NAME_CHARS:
+        return RowError(
+            "name_too_long",
+            f"the line has a member whose name has {longest:,} characters; "
+            f"{MAX_NAME_CHARS:,} may be",
+        )
     return record
 
 

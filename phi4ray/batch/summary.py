@@ -43,8 +43,8 @@ def facts_of(
 ) -> RunFacts:
     """The facts of a run that has ended with this snapshot."""
     engine_s = None
-    if tally.engine_at is not None and tally.last_part_s is not None:
-        engine_s = started_at + tally.last_part_s - tally.engine_at
+    if tally.engine_began_s is not None and tally.last_part_s is not None:
+        engine_s = tally.last_part_s - tally.engine_began_s
     gpus = tally.most_replicas * config.engine.gpus_per_replica
     return RunFacts(
         started_at=started_at,

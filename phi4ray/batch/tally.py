@@ -62,8 +62,8 @@ class Tally:
         self.first_part_s: float | None = None
         """When the first part of this run was durable."""
         self.last_part_s: float | None = None
-        self.engine_at: float | None = None
-        """Unix time at which a replica took this run's first shard."""
+        self.engine_began_s: float | None = None
+        """When a replica took this run's first shard."""
         self.most_replicas = 0
 
     def add(self, receipt: Receipt, elapsed_s: float) -> None:
@@ -78,7 +78,10 @@ class Tally:
             receipt.prompt_tokens - (before.prompt_tokens if before else 0),
             receipt.completion_tokens - (before.completion_tokens if before else 0),
         )
-        self.engine_at = min(self.engine_at or receipt.started_at, receipt.started_at)
+        # By this run's clock: the worker's may show another time. What it found was written before.
+        began_s = max(0.0, elapsed_s - (receipt.finished_at - receipt.started_at))
+        if self.engine_began_s is None or began_s < self.engine_began_s:
+            self.engine_began_s = began_s
         if self.first_part_s is None:
             self.first_part_s = elapsed_s
         self.last_part_s = elapsed_s

@@ -101,7 +101,9 @@ class ShardWorker:
         self._plan = plan
         self._replica = replica
         self._defaults = Defaults.of(config)
-        self._reader = Reader(plan.inputs, decode_schema(plan.carried))
+        self._reader = Reader(
+            plan.inputs, decode_schema(plan.carried), int(config.max_row_mib * (1 << 20))
+        )
         self._pacer = Pacer(replica.kv())
         self._lengths = Lengths()
         self._turn = asyncio.Lock()
@@ -148,16 +150,16 @@ class ShardWorker:
             )
         except ObjectNotFoundError:
             pass
-        started_at = time.time()
+        began = time.monotonic()
         rows, carried = await asyncio.to_thread(storage_retry(self._read), shard)
         results = await self._answer(shard, rows)
-        return await self._write(shard, results, carried, started_at, replacing=False)
+        return await self._write(shard, results, carried, began, replacing=False)
 
     async def _rerun_errors(self, shard: Shard) -> Receipt:
         table = await asyncio.to_thread(
             storage_retry(read_part), self._config.output, self._plan, shard.index
         )
-        started_at = time.time()
+        began = time.monotonic()
         old = results_of(table)
         failed = [at for at, row in enumerate(old) if row.error_code is not None]
         if not failed:  # a task that is run again, after its part was written
@@ -166,7 +168,7 @@ class ShardWorker:
         new = await self._answer(shard, [rows[at] for at in failed])
         for at, result in zip(failed, new, strict=True):
             old[at] = replace(result, attempts=old[at].attempts + result.attempts)
-        return await self._write(shard, old, carried, started_at, replacing=True)
+        return await self._write(shard, old, carried, began, replacing=True)
 
     def _read(self, shard: Shard) -> tuple[list["_Row"], pa.Table]:
         rows: list[_Row] = []
@@ -266,11 +268,14 @@ class ShardWorker:
         shard: Shard,
         results: list[Result],
         carried: pa.Table,
-        started_at: float,
+        began: float,
         *,
         replacing: bool,
     ) -> Receipt:
-        receipt = make_receipt(self._plan.plan_id, shard.index, results, started_at, time.time())
+        # The wall clock may be set meanwhile: it tells when, and never how long.
+        finished_at = time.time()
+        started_at = finished_at - (time.monotonic() - began)
+        receipt = make_receipt(self._plan.plan_id, shard.index, results, started_at, finished_at)
 
         @storage_retry
         def write() -> Receipt:

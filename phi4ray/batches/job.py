@@ -5,6 +5,8 @@ Every step may be cut off at any point and run again from what the store holds.
 
 import io
 import logging
+import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -72,7 +74,7 @@ class Job:
         self._store, self._request, self._config = store, request, config
         self._engine, self._executors, self._clock = engine, executors, clock
         self._stopped: RowError | None = None
-        self._saved, self._saved_s = state, 0.0
+        self._saved, self._saved_s = state, -math.inf
 
     def run(self) -> None:
         """Take the next step of the batch; blocks until it is done.
@@ -113,7 +115,7 @@ class Job:
                 self.key.id, state.status, state.total, state.completed, state.failed,
             )  # fmt: skip
         self.state = self._saved = state
-        self._saved_s = self._clock()
+        self._saved_s = time.monotonic()
 
     def _fail(self, errors: Sequence[LineError]) -> None:
         self._save(states.failed(self.state, errors, self._clock()))
@@ -169,6 +171,7 @@ class Job:
             endpoint=self._request.endpoint,
             output_format="openai-jsonl",
             shard_rows=self._config.shard_rows,
+            max_row_mib=self._config.max_row_mib,
         )
 
     def _plan(self, config: BatchConfig, executor: Executor) -> Plan:
@@ -194,7 +197,7 @@ class Job:
             failed = errors + snapshot.error_rows
             self.state = states.counted(self.state, snapshot.rows_done - failed, failed)
             looked = self._looked()
-            due = self._clock() - self._saved_s >= self._config.poll_interval_s
+            due = time.monotonic() - self._saved_s >= self._config.poll_interval_s
             if looked.stop != self.state.stop or (due and looked != self._saved):
                 self._save(looked)
             if looked.stop is not None:

@@ -6,6 +6,7 @@ It keeps nothing that it could not find again: it may die at any point, and anot
 """
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -47,8 +48,9 @@ class Runner:
         self._lock = threading.Lock()
         self._running: dict[Key, tuple[Step, Job]] = {}
         self._known: dict[Key, tuple[BatchRequest, BatchState]] = {}
+        # By the monotonic clock: a wall clock that is set back would make pauses of it.
         self._not_before_s: dict[Key, float] = {}
-        self._swept_s = 0.0
+        self._swept_s = -math.inf
         threads = config.max_concurrent_batches + QUICK_JOBS + 1
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="phi4ray-batch")
 
@@ -89,13 +91,13 @@ class Runner:
                 running = self._running.get(key)
             if running is not None:
                 running[1].cancelled = key in cancels
-            elif now_s >= self._not_before_s.get(key, 0.0):
+            elif time.monotonic() >= self._not_before_s.get(key, -math.inf):
                 try:
                     self._begin(key, key in cancels, now_s)
                 except StorageError as error:
                     self._postpone(key, error)  # the others need not wait for it
-        if now_s - self._swept_s >= self._config.sweep_interval_s:
-            self._swept_s = now_s
+        if time.monotonic() - self._swept_s >= self._config.sweep_interval_s:
+            self._swept_s = time.monotonic()
             self._pool.submit(self._guarded, self.sweep)
 
     def answering(self) -> int:
@@ -150,7 +152,7 @@ class Runner:
 
     def _postpone(self, key: Key, error: Exception) -> None:
         wait_s = self._config.retry_interval_s
-        self._not_before_s[key] = self._clock() + wait_s
+        self._not_before_s[key] = time.monotonic() + wait_s
         logger.error(
             "%s is taken up again in %g s: %s: %s", key.id, wait_s, type(error).__name__, error,
             exc_info=not isinstance(error, Phi4rayError),

@@ -130,10 +130,13 @@ class Store:
 
     def cancel_at(self, key: Key) -> int | None:
         """When a batch was cancelled; None also once it has ended."""
+        uri = self.uri(f"cancels/{key.owner}/{key.id}")
         try:
-            return int(self.storage.read(self.uri(f"cancels/{key.owner}/{key.id}")))
+            return int(self.storage.read(uri))
         except ObjectNotFoundError:
             return None
+        except ValueError as error:
+            raise _no_record(uri) from error
 
     def cancels(self) -> set[Key]:
         """The batches to be cancelled."""
@@ -201,6 +204,8 @@ class Store:
         except ObjectNotFoundError:
             return None
         except ValidationError as error:
-            raise StorageError(
-                f"{uri} is no record that this version of phi4ray wrote: remove it"
-            ) from error
+            raise _no_record(uri) from error
+
+
+def _no_record(uri: str) -> StorageError:
+    return StorageError(f"{uri} is no record that this version of phi4ray wrote: remove it")

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from phi4ray.batch.files import row_of
+from phi4ray.batch.lines import row_of
 from phi4ray.batch.rows import decode_line
 from phi4ray.batches.records import LineError
 from phi4ray.config import Endpoint

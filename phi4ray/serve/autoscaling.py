@@ -33,8 +33,8 @@ Cause = Literal[
 CAUSES: Final[tuple[Cause, ...]] = get_args(Cause)
 """`demand`, `backlog`, `trend`: more are needed for what arrives, what waits, what will arrive.
 `idle`: fewer were needed for a while. `held`: a request waits for the first replica. `batch`:
-batch rows keep what online requests do not need. `schedule`, `bounds`: more or fewer are needed,
-but the window or the configuration does not let."""
+batch jobs start the first one, or keep what online requests do not need. `schedule`, `bounds`: more
+or fewer are needed, but the window or the configuration does not let."""
 
 SPEED_HALF_LIFE_S = 300.0
 NOISE_WINDOWS = 6
@@ -79,7 +79,10 @@ class AutoscalingPolicyConfig(Config):
     downscale_delay_s: float = Field(300.0, ge=0, description="So must its absence")
     downscale_to_zero_delay_s: float = Field(600.0, ge=0, description="And so must silence")
     batch_replicas: int = Field(
-        0, ge=0, description="Replicas that batch rows keep from being scaled in; they start none"
+        0,
+        ge=0,
+        description="Replicas that batch jobs keep from being scaled in. They start the first one "
+        "where there is none, and no other; with 0 not even that",
     )
     schedule: tuple[Window, ...] = Field((), description="The first window that holds, counts")
 
@@ -190,6 +193,7 @@ def decide(
     *,
     target: int,
     held_requests: float,
+    open_shards: int = 0,
     now_s: float,
     state: Mapping[str, Any],
 ) -> Decision:
@@ -201,7 +205,8 @@ def decide(
     wanted = (arriving work + backlog + rise) / (busy share at the targets) + headroom, rounded up.
     More than `target`: after `upscale_delay_s` that many, the fewest wanted in that time. Less,
     even with `dead_band` more work: the most wanted within `downscale_delay_s`; but while there
-    are batch rows no fewer than `batch_replicas`, if there are so many.
+    is batch work no fewer than `batch_replicas`, if there are so many. Of none, batch work makes
+    one within that budget; the last one goes when nobody has asked for long.
     """
     known = [load.capacity_tokens for load in loads if load.capacity_tokens > 0]
     capacity = fmean(known) if known else float(state.get("capacity_tokens", 0.0))
@@ -224,8 +229,11 @@ def decide(
         backlog = sum(max(0.0, tokens - aim) for tokens in held) / (per_s * config.drain_s)
 
     asked = any(held) or arrived >= QUIET_TOKENS_PER_S or held_requests > 0
-    asked_s = now_s if asked else float(state.get("asked_s", now_s))
-    since_s = float(state.get("since_s", now_s))
+    batch = open_shards > 0 or any(load.batch_rows for load in loads)
+    budget = config.batch_replicas if batch else 0
+    # Nothing was later than now: the clock was set back, and what is known begins again.
+    asked_s = now_s if asked or budget else min(now_s, float(state.get("asked_s", now_s)))
+    since_s = min(now_s, float(state.get("since_s", now_s)))
     longest_s = max(
         NOISE_WINDOWS * config.trend_s, config.upscale_delay_s, config.downscale_delay_s
     )
@@ -264,6 +272,8 @@ def decide(
     replicas = target
     if held_requests and not target:
         cause, replicas = "held", max(1, rising)
+    elif budget and not target:
+        cause, replicas = "batch", 1
     elif rising > target and known_s >= config.upscale_delay_s:
         replicas = rising
         if wanted(work) >= rising:
@@ -274,8 +284,7 @@ def decide(
         quiet = now_s - asked_s >= config.downscale_to_zero_delay_s
         replicas = max(falling, 0 if quiet else 1)
         cause = "idle" if replicas < target else "steady"
-        kept = min(target, config.batch_replicas) if any(load.batch_rows for load in loads) else 0
-        if replicas < kept:
+        if replicas < (kept := min(target, budget)):
             cause, replicas = "batch", kept
     bounded = max(least, min(most, replicas))
     if bounded != replicas:

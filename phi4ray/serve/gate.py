@@ -30,6 +30,9 @@ class GateConfig(Config):
     )
     reload_interval_s: float = Field(5.0, gt=0, description="How often the file is looked at")
     max_body_bytes: int = Field(32 * 1024 * 1024, ge=1)
+    max_body_values: int = Field(
+        2_000_000, ge=1, description="Commas and brackets in a body: they tell its decoded size"
+    )
     max_header_bytes: int = Field(32 * 1024, ge=1, description="Names and values together")
     max_headers: int = Field(100, ge=1)
     open_paths: tuple[str, ...] = Field(
@@ -209,7 +212,12 @@ class Gate:
                 break
         # Whatever the content type says: vLLM reads that field in another way, and what it takes
         # for JSON must not get past the limits.
-        state.body = _json_object(b"".join(m.get("body", b"") for m in messages))
+        body = b"".join(m.get("body", b"") for m in messages)
+        most = self._config.max_body_values
+        if size > most and sum(map(body.count, (b",", b"[", b"{"))) > most:
+            # A list that costs two bytes to send costs sixty to hold.
+            raise BodyError(413, "body_too_complex", f"a body may have {most:,} values")
+        state.body = _json_object(body)
         messages.reverse()
 
         async def replay() -> Message:

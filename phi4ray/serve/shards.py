@@ -7,6 +7,7 @@ everywhere. Everything is on the replica's event loop; files are read and writte
 
 import asyncio
 import logging
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -89,6 +90,25 @@ class ShardHost:
         self._finished: list[tuple[str, Receipt]] = []
         self._failed: list[tuple[str, Phi4rayError]] = []
         self._leaving: set[asyncio.Task[None]] = set()
+        self._draining = False
+
+    def drain(self, draining: bool) -> None:
+        """Take no more shards and hand back those in hand: this replica is about to end.
+
+        Its online requests may take minutes to end, and other replicas have time meanwhile. False
+        takes it back.
+        """
+        if draining == self._draining:
+            return
+        self._draining = draining
+        if draining:
+            self._end_all(frozenset(self._jobs))
+        self.changed.set()
+
+    @property
+    def working(self) -> bool:
+        """Whether it takes part in a job."""
+        return bool(self._jobs)
 
     def report(self) -> Report:
         """What to tell the job table."""
@@ -100,14 +120,16 @@ class ShardHost:
             wanted={name: self._wanted(running) for name, running in self._jobs.items()},
             finished=tuple(self._finished),
             failed=tuple(self._failed),
+            draining=self._draining,
         )
 
     def obey(self, report: Report, orders: Orders) -> None:
         """Do what the table has answered to a report."""
         self._finished = self._finished[len(report.finished) :]
         self._failed = self._failed[len(report.failed) :]
-        for name in self._jobs.keys() - orders.live:
-            self._end(self._jobs.pop(name))
+        if self._draining:
+            return  # the next report says so
+        self._end_all(self._jobs.keys() - orders.live)
         for job in orders.new:
             if job.name not in self._jobs:
                 self._harvest.join(job.name, job.weight, job.priority)
@@ -152,7 +174,8 @@ class ShardHost:
         name = running.job.name
         try:
             worker = await asyncio.shield(running.worker)
-            self._finished.append((name, await worker.run(shard)))
+            receipt = await worker.run(shard)  # `obey` replaces the list meanwhile
+            self._finished.append((name, receipt))
         except EngineDeadError:
             return  # this process is about to end, and another replica has the shard then
         except Phi4rayError as error:
@@ -163,6 +186,10 @@ class ShardHost:
         finally:
             running.lanes.pop(shard, None)
             self.changed.set()
+
+    def _end_all(self, names: AbstractSet[str]) -> None:
+        for name in names:
+            self._end(self._jobs.pop(name))
 
     def _end(self, running: _Running) -> None:
         name = running.job.name

@@ -10,7 +10,7 @@ from typing import Annotated
 import yaml
 from pydantic import ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from phi4ray.config import Config
+from phi4ray.config import YAML_ERRORS, Config
 from phi4ray.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def parse(text: str, source: str) -> Tenants:
         raise ConfigError(f"{source} is no keys file:\n" + "\n".join(lines)) from error
     except RecursionError:
         raise ConfigError(f"{source} is not valid YAML: it is nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a mere ValueError
+    except YAML_ERRORS as error:
         raise ConfigError(f"{source} is not valid YAML: {error}") from error
 
 

@@ -8,15 +8,9 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
-import pyarrow as pa
-
-from phi4ray.batch.files import (
-    is_parquet,
-    open_lines,
-    open_parquet,
-    read_batches,
-    records_of,
-)
+from phi4ray.batch.files import is_parquet
+from phi4ray.batch.lines import open_lines
+from phi4ray.batch.parquet import open_parquet, read_batches, records_of
 from phi4ray.batch.plan import Input
 from phi4ray.batch.rows import decode_line
 from phi4ray.errors import InputError
@@ -112,5 +106,5 @@ def _records(item: Input) -> Iterator[Json | RowError]:
         return
     file = open_parquet(item)
     names = [name for name in file.schema_arrow.names if name in COLUMNS]
-    for batch in read_batches(item, file, names):
-        yield from records_of(pa.Table.from_batches([batch]))
+    for table in read_batches(item, file, names):
+        yield from records_of(table)

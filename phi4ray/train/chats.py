@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 from pydantic_core import from_json
 
-from phi4ray.batch.files import is_parquet, open_lines, open_parquet, read_batches, records_of
+from phi4ray.batch.files import is_parquet
+from phi4ray.batch.lines import open_lines
+from phi4ray.batch.parquet import open_parquet, read_batches, records_of
 from phi4ray.batch.plan import Input
 from phi4ray.batch.rows import decode_line
 from phi4ray.errors import InputError
@@ -147,8 +148,8 @@ def _records(item: Input) -> Iterator[Json | RowError]:
         file = open_parquet(item)
         names = [name for name in file.schema_arrow.names if name in COLUMNS]
         _check_columns(item.uri, file.schema_arrow.names)
-        for batch in read_batches(item, file, names):
-            yield from records_of(pa.Table.from_batches([batch]))
+        for table in read_batches(item, file, names):
+            yield from records_of(table)
     else:
         yield from map(decode_line, open_lines(item))
 

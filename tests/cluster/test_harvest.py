@@ -1,18 +1,21 @@
 """One fleet, two doors: a batch job and online clients on the same replicas, which are killed."""
 
 import asyncio
+import contextlib
 import io
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pyarrow.parquet as pq
 import pytest
+from ray.util import get_node_ip_address
 
+from phi4ray.exporter import PORTS
 from phi4ray.fake import fake_text
 from phi4ray.storage import join, storage_for
 from phi4ray.train.tiny import make_tiny_model
@@ -83,6 +86,59 @@ def test_online_load_and_a_batch_job_while_replicas_are_killed(
     rows = rows_of(output)
     assert sorted(row["n"] for row in rows) == list(range(count))
     assert all(row["text"] == fake_text(f"prompt {row['n']}") for row in rows)
+
+
+SLOW = {**FAKES, "engine": {**FAKES["engine"], "engine_args": {"latency_s": 12}}}
+
+
+def told(name: str) -> dict[int, float]:
+    """One of the replicas' own metrics, by the ports of their pages."""
+    found = {}
+    for port in PORTS:
+        with contextlib.suppress(httpx.TransportError):
+            page = httpx.get(f"http://{get_node_ip_address()}:{port}/metrics").text
+            [line] = [line for line in page.splitlines() if line.startswith(f"{name} ")]
+            found[port] = float(line.split()[1])
+    return found
+
+
+def until(done: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize("service", [SLOW], indirect=True, ids=["slow"])
+def test_draining_replicas_give_batch_rows_up_and_their_successors_answer_them(
+    service: Service, s3_prefix: str, tmp_path: Path
+) -> None:
+    file = write_lines(tmp_path / "a.jsonl", prompts(24))
+    storage_for(s3_prefix).write(join(s3_prefix, "in/a.jsonl"), file.read_bytes())
+    output = join(s3_prefix, "out/")
+    job = service.batch(
+        "--input", join(s3_prefix, "in/"), "--output", output, "--shard-rows", "4",
+        "--shards-in-flight", "2",
+    )  # fmt: skip
+    until(lambda: sum(rows > 0 for rows in told("phi4ray:batch_rows").values()) == 2)
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        body = {"model": "m", "prompt": "hi"}
+        answers.append(httpx.post(f"{service.url}/v1/completions", json=body, timeout=60))
+
+    online = threading.Thread(target=ask)
+    online.start()
+    until(lambda: sum(told("phi4ray:admitted_requests").values()) == 1)
+    [asked] = [port for port, count in told("phi4ray:admitted_requests").items() if count]
+    service.change({**SLOW, "engine": {**SLOW["engine"], "env": {"VERSION": "2"}}})
+    # It stays for its online request, and has no batch row meanwhile.
+    until(lambda: told("phi4ray:batch_rows")[asked] == 0)
+    assert told("phi4ray:admitted_requests")[asked] == 1
+    online.join(60)
+    assert [answer.status_code for answer in answers] == [200]
+    assert job.wait(300) == 0, job.communicate()[0]
+    assert sorted(row["n"] for row in rows_of(output)) == list(range(24))
 
 
 @pytest.mark.engine

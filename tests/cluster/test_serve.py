@@ -33,10 +33,14 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def base_url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where the tiny model is served."""
-    folder = tmp_path_factory.mktemp("serve")
-    model, port = make_tiny_model(folder / "tiny"), free_port()
+    folder, port = tmp_path_factory.mktemp("serve"), free_port()
     command = [
         sys.executable, "jobs/serve.py", "--recipe", "tiny-cpu", "--model", str(model),
         "--served-model-name", MODEL, "--port", str(port), "--max-model-len", "1024",
@@ -256,6 +260,21 @@ def test_the_readmes_examples_work(base_url: str) -> None:
         assert done.stdout.strip()
         if language == "sh":
             assert json.loads(done.stdout)["object"] == "chat.completion"
+
+
+def test_vllms_own_benchmark_gets_every_answer(base_url: str, model: Path, tmp_path: Path) -> None:
+    asked = {
+        "backend": "openai-chat", "endpoint": "/v1/chat/completions", "base_url": base_url,
+        "model": MODEL, "tokenizer": str(model), "dataset_name": "random", "num_prompts": 32,
+        "random_input_len": 64, "random_output_len": 16, "ignore_eos": True, "temperature": 0,
+        "save_result": True, "result_filename": str(tmp_path / "result.json"),
+    }  # fmt: skip
+    command = [sys.executable, "benchmarks/serve_overhead.py", "--bench", json.dumps(asked)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert (found["completed"], found["failed"]) == (32, 0)
+    assert found["total_output_tokens"] == 32 * 16
+    assert found["median_ttft_ms"] > 0
 
 
 ASKED_MOST = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")

@@ -1,16 +1,20 @@
 """To zero and back: without requests no replica runs, and the first one is held, not failed."""
 
+import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from tests.cluster_service import Service
+from tests.small_jobs import prompts, write_lines
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "engine": {
         "kind": "fake", "model": "m", "num_cpus": 0.1, "engine_args": {"start_s": 3.0},
     },
@@ -22,9 +26,12 @@ CONFIG = {
 }  # fmt: skip
 
 
+BUDGET = {**CONFIG, "autoscaling": {**CONFIG["autoscaling"], "batch_replicas": 1}}
+
+
 @pytest.fixture
-def service() -> Iterator[Service]:
-    found = Service(CONFIG)
+def service(request: pytest.FixtureRequest) -> Iterator[Service]:
+    found = Service(request.param)
     yield found
     found.stop()
 
@@ -36,6 +43,7 @@ def wait_for(service: Service, replicas: int, seconds: float) -> None:
         time.sleep(0.5)
 
 
+@pytest.mark.parametrize("service", [CONFIG], indirect=True, ids=["default"])
 def test_the_first_request_waits_for_the_first_replica_and_the_last_goes_after_silence(
     service: Service,
 ) -> None:
@@ -46,3 +54,37 @@ def test_the_first_request_waits_for_the_first_replica_and_the_last_goes_after_s
         assert found.status_code == 200, found.text
         assert found.json()["choices"][0]["message"]["content"].startswith("fake:")
         assert len(service.replicas()) == 1
+
+
+def batch(service: Service, folder: Path) -> "subprocess.Popen[str]":
+    file = write_lines(folder / "in" / "a.jsonl", prompts(20))
+    return service.batch(
+        "--input", str(file), "--output", str(folder / "out"), "--progress-interval-s", "1"
+    )
+
+
+@pytest.mark.parametrize("service", [BUDGET], indirect=True, ids=["budget"])
+def test_a_batch_job_starts_the_first_replica_within_its_budget(
+    service: Service, tmp_path: Path
+) -> None:
+    wait_for(service, 0, 90)
+    job = batch(service, tmp_path)
+    said = job.communicate(timeout=120)[0]
+    assert job.returncode == 0, said
+    assert "no replica of 'phi4' runs: rows wait for the one that is being started" in said
+    assert "rows 20/20 (100%)" in said
+    wait_for(service, 0, 90)
+
+
+@pytest.mark.parametrize("service", [CONFIG], indirect=True, ids=["none"])
+def test_a_batch_job_without_a_budget_says_that_it_waits_for_an_online_request(
+    service: Service, tmp_path: Path
+) -> None:
+    wait_for(service, 0, 90)
+    job = batch(service, tmp_path)
+    assert job.stdout is not None
+    assert any("batch_replicas" in line for line in job.stdout)
+    assert service.replicas() == []
+    body = {"model": "m", "prompt": "hi"}
+    assert httpx.post(f"{service.url}/v1/completions", json=body, timeout=90).status_code == 200
+    assert job.wait(120) == 0, job.communicate()[0]

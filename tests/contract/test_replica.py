@@ -1,6 +1,7 @@
 """What every replica must do, run against the fake and against a real vLLM engine on the CPU."""
 
 import asyncio
+import logging
 import os
 import subprocess
 import sys
@@ -72,6 +73,10 @@ def test_a_chat_is_answered_as_openai_does(running: Running) -> None:
     assert body["choices"][0]["finish_reason"] in ("stop", "length")
     usage = body["usage"]
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] > 1
+
+
+def test_the_processes_other_logs_are_as_before(running: Running) -> None:
+    assert logging.root.level == logging.WARNING
 
 
 def test_a_completion_is_answered_as_openai_does(running: Running) -> None:

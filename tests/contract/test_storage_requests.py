@@ -25,6 +25,7 @@ from tests.fault_proxy import (
     ignore_header,
     lose_answer,
     refusal,
+    reset,
 )
 
 pytestmark = pytest.mark.slow
@@ -161,8 +162,8 @@ calls = pytest.mark.parametrize(
 )
 busy = pytest.mark.parametrize(
     "fault",
-    [SLOW_DOWN, hang_up],
-    ids=["slow down", "hung up"],
+    [SLOW_DOWN, hang_up, reset],
+    ids=["slow down", "hung up", "reset"],
 )
 
 

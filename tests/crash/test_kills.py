@@ -20,8 +20,9 @@ from phi4ray.storage import join, storage_for
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.crash, pytest.mark.cluster, pytest.mark.timeout(900)]
 
-ROWS = 6000
-KILLS = 24
+ROWS = 3000
+KILLS = 21
+MINE = "PHI4RAY_TEST_KILLS"  # in the environment of what is started here
 # One fatal kill after every few of workers: the job is then started again.
 FATAL = ("driver", "raylet", "gcs_server")
 
@@ -44,7 +45,11 @@ def job(s3_prefix: str) -> tuple[list[str], dict[str, str], str]:
         "--engine-arg", *engine_args, "--progress-interval-s", "2",
     ]  # fmt: skip
     # A killed GCS is noticed in seconds, not in a minute.
-    return command, {**os.environ, "RAY_gcs_rpc_server_reconnect_timeout_s": "3"}, answers
+    return (
+        command,
+        {**os.environ, "RAY_gcs_rpc_server_reconnect_timeout_s": "3", MINE: "1"},
+        answers,
+    )
 
 
 def test_every_row_has_one_answer_and_no_part_changes(
@@ -58,10 +63,10 @@ def test_every_row_has_one_answer_and_no_part_changes(
     fatal = 0
     while sum(killed.values()) < KILLS:
         with running(command, environment, log) as driver:
-            victims = ["worker"] * random_.randint(2, 4) + [FATAL[fatal % len(FATAL)]]
+            victims = ["worker"] * random_.randint(5, 7) + [FATAL[fatal % len(FATAL)]]
             for victim in victims:
                 wait_for_new_part(answers, seen, driver, log)
-                time.sleep(random_.uniform(0, 1.5))
+                time.sleep(random_.uniform(0, 0.7))
                 kill(driver, victim, log)
                 killed[victim] = killed.get(victim, 0) + 1
             driver.wait(120)
@@ -107,9 +112,10 @@ class running:  # noqa: N801
 def ray_processes() -> list[str]:
     """What a dead job must not leave behind: workers, and the watchers of their engines."""
     found = []
-    for process in psutil.process_iter(["cmdline"]):
+    for process in psutil.process_iter(["cmdline", "environ"]):
         command = " ".join(process.info["cmdline"] or ())
-        if "RayShardWorker" in command or "orphans.py" in command:
+        ours = MINE in (process.info["environ"] or ())
+        if ours and ("RayShardWorker" in command or "orphans.py" in command):
             found.append(command)
     return found
 

@@ -116,6 +116,14 @@ def test_caches_that_are_too_small_for_the_slowdown_bound_the_target() -> None:
     assert Fleet(small).settle(1.3) == 3
 
 
+def test_a_clock_that_is_set_back_stops_no_scaling() -> None:
+    fleet = Fleet(policy(downscale_delay_s=60))
+    for work, replicas in [(0.5, 1), (3.3, 5), (0.5, 1)]:
+        fleet.now -= 86400
+        fleet.ready_at = [at - 86400 for at in fleet.ready_at]
+        assert fleet.settle(work) == replicas
+
+
 def test_headroom_is_free_capacity_beside_what_the_targets_ask_for() -> None:
     assert Fleet(policy(headroom_replicas=0.75)).settle(0.3) == 2
 
@@ -341,6 +349,40 @@ def test_batch_rows_keep_replicas_up_to_their_budget_and_order_none() -> None:
     assert after_silence(budget, target=1, **busy).replicas == 1
     assert after_silence(budget, target=4).replicas == 1
     assert after_silence(policy(downscale_delay_s=60), target=4, **busy).replicas == 1
+
+
+def batch_job(config: AutoscalingPolicyConfig, state: dict[str, Any], **told: Any) -> Decision:
+    """A look at a fleet of none, or of one that has no online request."""
+    given = {"target": 0, "now_s": 1e6, "open_shards": 7, **told}
+    loads = [ReplicaLoad(CAPACITY, 0, 0, 0, 0)] * told.pop("running", 0)
+    given.pop("running", None)
+    return decide(config, loads, held_requests=0, state=state, **given)
+
+
+def test_a_batch_job_starts_the_first_replica_and_no_other() -> None:
+    config = policy(min_replicas=0, batch_replicas=3)
+    first = batch_job(config, {})
+    assert (first.replicas, first.cause) == (1, "batch")
+    for running in (0, 1):  # while it starts, and when it is there
+        later = batch_job(config, first.state, target=1, now_s=1e6 + 600, running=running)
+        assert later.replicas == 1
+
+
+def test_a_batch_job_starts_no_replica_past_its_budget() -> None:
+    assert batch_job(policy(min_replicas=0), {}).replicas == 0
+    night = {"start": "00:00", "end": "00:00", "min_replicas": 0, "max_replicas": 1}
+    assert batch_job(policy(min_replicas=0, batch_replicas=1, schedule=[night]), {}).replicas == 1
+
+
+def test_a_replica_that_batch_jobs_started_goes_when_nobody_has_asked_for_long() -> None:
+    config = policy(min_replicas=0, batch_replicas=1, downscale_to_zero_delay_s=600)
+    state = batch_job(config, {}).state
+    for now_s in (1e6 + 1000, 1e6 + 1300):
+        state = batch_job(config, state, target=1, now_s=now_s, running=1).state
+    soon = batch_job(config, state, target=1, now_s=1e6 + 1800, running=1, open_shards=0)
+    assert soon.replicas == 1
+    late = batch_job(config, soon.state, target=1, now_s=1e6 + 1901, running=1, open_shards=0)
+    assert (late.replicas, late.cause) == (0, "idle")
 
 
 def test_online_requests_that_batch_rows_slow_down_order_no_replicas_for_it() -> None:

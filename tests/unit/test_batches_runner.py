@@ -39,6 +39,20 @@ def test_an_engine_that_dies_is_started_again(tmp_path: Any) -> None:
         assert texts_of(rows_of(client, batch.output_file_id)) == expected(*range(100))
 
 
+def test_a_clock_that_is_set_back_delays_no_batch(tmp_path: Any) -> None:
+    config = service(str(tmp_path), {"die_after": 40}, batches={"shard_rows": 10})
+    clock = Clock()
+
+    def back() -> float:
+        clock.forward_s -= 60
+        return clock()
+
+    with listening(config) as url, running(config, back):
+        client = client_of(url)
+        batch = ended(client, create(client, upload(client, *map(line, range(100)))).id)
+        assert batch.status == "completed"
+
+
 def test_several_batches_run_at_once_and_no_more_than_so_many(tmp_path: Any) -> None:
     config = service(str(tmp_path), SLOW, batches={"max_concurrent_batches": 2})
     with listening(config) as url, running(config) as runner:

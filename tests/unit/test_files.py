@@ -16,10 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi4ray.batch import files
+from phi4ray.batch import files, lines, parquet
 from phi4ray.batch.carried import decode_schema
 from phi4ray.batch.executor import InProcessExecutor
-from phi4ray.batch.files import Reader, plain, row_of
+from phi4ray.batch.files import Reader
+from phi4ray.batch.lines import row_of
+from phi4ray.batch.parquet import plain
 from phi4ray.batch.plan import Plan, Slice
 from phi4ray.batch.planning import list_inputs, scan_inputs
 from phi4ray.batch.rows import Defaults, Request, to_request
@@ -275,7 +277,8 @@ def test_slices_in_their_order_cost_one_pass(
         write_parquet(tmp_path / "in" / name, pa.Table.from_pylist(prompts(4000)))
     _, reader, pieces = planned(tmp_path, shard_rows=150)
     storage = Counting()
-    monkeypatch.setattr(files, "storage_for", lambda uri: storage)
+    for module in (files, lines, parquet):
+        monkeypatch.setattr(module, "storage_for", lambda uri: storage)
     for piece in pieces:
         reader.read(piece)
     assert storage.opened == 1
@@ -330,19 +333,19 @@ class Flaky(LocalStorage):
         return io.BufferedReader(Stream(), 512)
 
 
-def gz(path: Path) -> None:
+def gz_file(path: Path) -> None:
     data = b"".join(
         os.urandom(60).hex().join(['{"prompt": "', '"}\n']).encode() for _ in range(300)
     )
     path.write_bytes(gzip.compress(data))
 
 
-def parquet(path: Path) -> None:
+def parquet_file(path: Path) -> None:
     texts = [os.urandom(60).hex() for _ in range(300)]
     write_parquet(path, pa.table({"prompt": texts}), row_group_size=50)
 
 
-@pytest.mark.parametrize(("name", "write"), [("a.jsonl.gz", gz), ("a.parquet", parquet)])
+@pytest.mark.parametrize(("name", "write"), [("a.jsonl.gz", gz_file), ("a.parquet", parquet_file)])
 def test_a_fault_in_the_middle_of_a_file_costs_no_row_when_it_is_read_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -356,9 +359,9 @@ def test_a_fault_in_the_middle_of_a_file_costs_no_row_when_it_is_read_again(
     size = (tmp_path / "in" / name).stat().st_size
     hit = 0
     for after in range(0, size, size // 12):
-        monkeypatch.setattr(
-            files, "storage_for", partial(lambda storage, uri: storage, Flaky(after))
-        )
+        flaky = partial(lambda storage, uri: storage, Flaky(after))
+        for module in (files, lines, parquet):
+            monkeypatch.setattr(module, "storage_for", flaky)
         reader = Reader(plan.inputs, decode_schema(plan.carried))
         for piece, rows in zip(pieces, whole, strict=True):
             try:

@@ -16,6 +16,7 @@ from phi4ray.batch.jobtable import (
     JobTable,
     Orders,
     Report,
+    waits_for,
 )
 from phi4ray.batch.parts import Receipt, make_receipt
 from phi4ray.batch.worker import Done, WorkerStats
@@ -118,6 +119,87 @@ def test_the_shards_of_a_silent_replica_go_to_another_one_first_of_all() -> None
     news = found.poll("job", 0, 110)
     assert news is not None
     assert news.stats.keys() == {"b"}
+
+
+def test_a_draining_replica_hands_its_shards_back_at_once_and_gets_none() -> None:
+    found = table(0, 1, 2)
+    a, b = Replica(found, "a"), Replica(found, "b")
+    a.exchange(100)
+    a.exchange(100, wanted=1)
+    orders = found.exchange(Report("a", ENGINE, draining=True), 100.1)
+    assert orders == Orders(live=frozenset())
+    assert b.exchange(100.2).begin == {"job": (1,)}
+    assert b.exchange(100.3, wanted=3).begin == {"job": (0, 2)}
+    news = found.poll("job", 0, 100.4)
+    assert news is not None
+    assert (news.stats.keys(), news.replicas) == ({"b"}, 1)
+
+
+def test_a_shard_may_be_handed_back_by_any_number_of_draining_replicas() -> None:
+    found = table(0)
+    for n in range(2 * MAX_LOST):
+        assert Replica(found, f"r{n}").exchange(100 + n).begin == {"job": (0,)}
+        found.exchange(Report(f"r{n}", ENGINE, draining=True), 100.5 + n)
+    news = found.poll("job", 0, 200)
+    assert news is not None
+    assert news.failure is None
+
+
+def test_a_draining_replica_still_tells_what_it_has_finished() -> None:
+    found = table(0, 1)
+    Replica(found, "a").exchange(100)
+    report = Report("a", ENGINE, finished=[("job", receipt(0))], draining=True)
+    found.exchange(report, 100.1)
+    news = found.poll("job", 0, 100.2)
+    assert news is not None
+    assert [one.shard for one in news.receipts] == [0]
+    assert Replica(found, "b").exchange(100.3, wanted=3).begin == {"job": (1,)}
+
+
+def test_shards_are_open_until_they_are_answered_or_nobody_wants_them() -> None:
+    found = JobTable(100)
+    assert found.open_shards(ENGINE, 1, 100) == 0
+    assert found.engine == ENGINE  # where no replica runs, nobody else says so
+    found.submit(job(), [0, 1, 2], 100)
+    assert found.open_shards(ENGINE, 1, 100) == 3
+    a = Replica(found, "a")
+    a.exchange(101)
+    assert found.open_shards(ENGINE, 1, 101) == 3
+    a.exchange(102, finished=(("job", 0),))
+    assert found.open_shards(ENGINE, 1, 102) == 2
+    assert found.open_shards(ENGINE, 1, 101 + DRIVER_SILENT_S) == 0
+
+
+def test_the_shards_of_a_job_that_failed_or_was_stopped_are_not_open() -> None:
+    stopped = table(0, 1)
+    stopped.stop("job", RowError("batch_cancelled", "cancelled"))
+    assert stopped.open_shards(ENGINE, 1, 100) == 0
+    found = table(0, 1)
+    Replica(found, "a").exchange(100)
+    Replica(found, "a").exchange(100, failed=(("job", InputError("gone")),))
+    assert found.open_shards(ENGINE, 1, 100) == 0
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [(None, "until Serve has started one"), (0, "batch_replicas"), (2, "being started for them")],
+)
+def test_a_job_that_no_replica_works_on_says_what_it_waits_for(
+    budget: int | None, words: str
+) -> None:
+    found = table(0)
+    if budget is not None:
+        found.open_shards(ENGINE, budget, 100)
+    news = found.poll("job", 0, 100)
+    assert news is not None
+    assert words in waits_for("phi4", news)
+    Replica(found, "a").exchange(100)
+    news = found.poll("job", 0, 101)
+    assert news is not None
+    assert waits_for("phi4", news) == ""
+    news = found.poll("job", 0, 101 + 2 * SILENT_S)
+    assert news is not None
+    assert words in waits_for("phi4", news)
 
 
 def test_a_lease_that_the_replica_does_not_hold_ends() -> None:

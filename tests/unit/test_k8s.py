@@ -2,15 +2,12 @@
 
 import copy
 import re
-import tomllib
 from pathlib import Path
 
 import kubernetes_validate
 import pytest
 import yaml
-from packaging.requirements import Requirement
 
-import phi4ray
 from tests.manifests import (
     K8S,
     KUBERNETES,
@@ -28,6 +25,7 @@ from tests.manifests import (
     of_kind,
     overlay,
     schemas,
+    with_values,
 )
 
 pytestmark = [needs_kustomize, pytest.mark.slow]
@@ -129,19 +127,8 @@ def test_templates_and_values_are_not_applied() -> None:
 
 
 def test_values_can_be_kept_outside_of_this_repository(tmp_path: Path) -> None:
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    patch = {
-        "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "values"},
-        "data": {"image": "here/phi4ray:1", "ingressNamespace": "edge"},
-    }  # fmt: skip
-    component = {
-        "apiVersion": "kustomize.config.k8s.io/v1alpha1", "kind": "Component",
-        "patches": [{"path": "values.yaml"}],
-    }  # fmt: skip
-    (mine / "values.yaml").write_text(yaml.safe_dump(patch))
-    (mine / "kustomization.yaml").write_text(yaml.safe_dump(component))
-    objects = composed(tmp_path, "mine")
+    values = {"image": "here/phi4ray:1", "ingressNamespace": "edge"}
+    objects = with_values(tmp_path, "h200/service", **values)
     [cluster] = clusters(objects)
     assert {container(group)["image"] for group in groups(cluster)} == {"here/phi4ray:1"}
     assert "'kubernetes.io/metadata.name': 'edge'" in str(of_kind(objects, "NetworkPolicy"))
@@ -153,40 +140,22 @@ def test_every_value_is_used() -> None:
     assert [key for key in values if f"data.{key}}}" not in texts and f"[{key}]" not in texts] == []
 
 
-def pinned(target: str) -> dict[str, str]:
-    text = (ROOT / "docker" / f"requirements-{target}.txt").read_text()
-    return dict(re.findall(r"^([a-z0-9.-]+)==(\S+)$", text, re.MULTILINE))
+def test_the_documented_permissions_are_those_that_the_object_store_is_asked_with() -> None:
+    actions = {
+        "get_paginator": "ListBucket", "head_object": "GetObject", "get_object": "GetObject",
+        "put_object": "PutObject", "upload_fileobj": "PutObject", "delete_object": "DeleteObject",
+        "create_multipart_upload": "PutObject", "upload_part": "PutObject",
+        "complete_multipart_upload": "PutObject", "abort_multipart_upload": "AbortMultipartUpload",
+    }  # fmt: skip
+    used = re.findall(r"_client\.(\w+)\(", (ROOT / "phi4ray" / "storage" / "s3.py").read_text())
+    told = re.findall(r"`s3:(\w+)`", (ROOT / "docs" / "operations.md").read_text())
+    assert set(told) == {actions[name] for name in used if name != "cache_clear"}
 
 
-@pytest.mark.parametrize("target", ["gpu", "cpu"])
-def test_the_image_has_all_that_the_package_requires(target: str) -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    versions = pinned(target)
-    for line in (*project["dependencies"], *project["optional-dependencies"][target]):
-        requirement = Requirement(line)
-        assert requirement.specifier.contains(versions[requirement.name]), line
-
-
-@each_overlay
-def test_images_and_ray_have_the_versions_of_the_package_and_of_the_pins(name: str) -> None:
-    target = "cpu" if name.startswith("cpu-") else "gpu"
-    for cluster in clusters(overlay(name)):
-        assert cluster["rayVersion"] == pinned(target)["ray"]
-        for group in groups(cluster):
-            assert container(group)["image"].endswith(f":{phi4ray.__version__}-{target}")
-
-
-def test_the_documented_commands_build_the_images_that_the_manifests_name() -> None:
-    dockerfile = (ROOT / "Dockerfile").read_text()
-    for target in ("gpu", "cpu"):
-        assert f"--target {target} -t " in dockerfile
-        assert f"phi4ray:{phi4ray.__version__}-{target} ." in dockerfile
-        assert re.search(rf"^FROM system AS {target}$", dockerfile, re.MULTILINE)
-
-
-def test_the_image_runs_as_the_user_that_pods_run_as() -> None:
-    dockerfile = (ROOT / "Dockerfile").read_text()
-    assert dockerfile.count("USER 1000:1000") == 2
-    for cluster in clusters(overlay("h200/service")):
-        for group in groups(cluster):
-            assert group["template"]["spec"]["securityContext"]["runAsUser"] == 1000
+def test_the_gateways_of_an_incremental_upgrade_reach_the_serve_port_and_no_other(
+    tmp_path: Path,
+) -> None:
+    [policy] = of_kind(composed(tmp_path, "options/incremental-upgrade"), "NetworkPolicy")
+    [before] = of_kind(overlay("h200/service"), "NetworkPolicy")
+    [added] = [rule for rule in policy["spec"]["ingress"] if rule not in before["spec"]["ingress"]]
+    assert added["ports"] == [{"protocol": "TCP", "port": 8000}]

@@ -165,7 +165,7 @@ def test_units_cut_anywhere_find_the_rows_of_the_whole(data: bytes, unit_bytes: 
         )
         scans = [scan_unit(item, unit, Cut(1, 1)) for unit in units_of([item], unit_bytes)]
     pieces = [piece for scan in scans for piece in scan.slices]
-    assert sum(len(scan.ids) for scan in scans) == len(pieces)
+    assert sum(scan.rows for scan in scans) == len(pieces)
     rows = [data[piece.start : piece.end] for piece in pieces]
     assert [decode_line(row.strip(b"\r\n").removeprefix(BOM)) for row in rows] == rows_in(
         (".jsonl", data)

@@ -1,6 +1,7 @@
 """Whole batch jobs on replicas that serve online traffic, without Ray: nothing lost or doubled."""
 
 import asyncio
+import math
 import random
 import threading
 import time
@@ -10,19 +11,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from rich.console import Console
 
 from phi4ray.batch import jobtable
 from phi4ray.batch import worker as worker_module
-from phi4ray.batch.jobtable import Job, JobTable
+from phi4ray.batch.jobtable import JobTable
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import Plan
 from phi4ray.batch.run import run_batch
 from phi4ray.batch.worker import WorkerStats
 from phi4ray.config import BatchConfig, Endpoint, EngineConfig
-from phi4ray.errors import IncompleteOutputError, InputError, PlanMismatchError
+from phi4ray.errors import InputError, PlanMismatchError
 from phi4ray.fake import FakeReplica, fake_text
 from phi4ray.protocol import Answer, Json, RowError
+from phi4ray.serve import executor as executor_module
 from phi4ray.serve.admission import Admission, AdmissionConfig
+from phi4ray.serve.executor import TableExecutor
 from phi4ray.serve.harvest import Harvest
 from phi4ray.serve.shards import BATCH_PRIORITY, ShardHost
 from phi4ray.serve.slack import HarvestConfig
@@ -67,6 +71,9 @@ class Replica:
             self._host.obey(report, self._table().exchange(report, time.monotonic()))
             await asyncio.sleep(0.01)
 
+    def drain(self, draining: bool = True) -> None:
+        self._host.drain(draining)
+
     def kill(self) -> None:
         """Its process is gone: nothing it does from now on counts."""
         self._task.cancel()
@@ -82,7 +89,7 @@ class Fleet:
     def __init__(self, scenario: Callable[["Fleet"], Any]) -> None:
         self.table = JobTable(time.monotonic() - 100)
         self.replicas: list[Replica] = []
-        self.closed = False
+        self.stopped: RowError | None = None
         self._made = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -107,29 +114,15 @@ class Fleet:
     def stats(self) -> Mapping[str, WorkerStats]:
         return {}
 
+    def ask(self, method: str, *arguments: Any) -> Any:
+        now_s = () if method in ("forget", "stop") else (time.monotonic(),)
+        return getattr(self.table, method)(*arguments, *now_s)
+
     def run_shards(
         self, config: BatchConfig, plan: Plan, pending: Sequence[int]
     ) -> Iterator[Receipt | None]:
-        found = Job(plan.plan_id + config.output, config, plan.plan_id, 2, config.weight)
-        todo = set(pending)
-        seen = 0
-        self.table.submit(found, sorted(todo), time.monotonic())
-        while todo and not self.closed:
-            news = self.table.poll(found.name, seen, time.monotonic())
-            if news is None:
-                self.table.submit(found, sorted(todo), time.monotonic())
-                seen = 0
-                continue
-            for receipt in news.receipts:
-                seen += 1
-                if receipt.shard in todo:
-                    todo.discard(receipt.shard)
-                    yield receipt
-            if news.failure is not None:
-                raise news.failure
-            yield None
-            time.sleep(0.005)
-        self.table.forget(found.name)
+        executor = TableExecutor("phi4", self.ask, self, lambda: self.stopped, print)
+        return executor.run_shards(config, plan, pending)
 
     def close(self) -> None:
         self._scenario.cancel()
@@ -148,6 +141,7 @@ class Fleet:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor_module, "TICK_S", 0.01)
     monkeypatch.setattr(jobtable, "SILENT_S", 0.3)
     monkeypatch.setattr(jobtable, "BACKUP_AFTER_S", 0.5)
     monkeypatch.setattr(worker_module, "BACKOFF_S", 0.0)
@@ -171,13 +165,13 @@ def planned(folder: Path, rows: int, **changes: Any) -> BatchConfig:
     return job(folder, engine={"max_num_seqs": 8}, shard_rows=5, **changes)
 
 
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
 def finish(config: BatchConfig, on: Fleet) -> list[dict[str, Any]]:
     """Run a job; gives its rows, each of which is answered."""
-    import io
-
-    from rich.console import Console
-
-    run_batch(config, on, Console(file=io.StringIO()))
+    run_batch(config, on, quiet())
     rows = answers(config)
     assert all(row["error_code"] is None for row in rows)
     assert all(row["text"] == fake_text(f"prompt {row['n']}") for row in rows)
@@ -185,8 +179,12 @@ def finish(config: BatchConfig, on: Fleet) -> list[dict[str, Any]]:
 
 
 def test_a_job_runs_on_the_replicas_of_a_service(
-    tmp_path: Path, fleet: Callable[..., Fleet]
+    tmp_path: Path, fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Nothing is lost here that would have to be done again after a while.
+    monkeypatch.setattr(jobtable, "SILENT_S", math.inf)
+    monkeypatch.setattr(jobtable, "BACKUP_AFTER_S", math.inf)
+
     async def scenario(on: Fleet) -> None:
         on.start()
         on.start()
@@ -257,6 +255,43 @@ def test_a_burst_of_online_requests_stops_batch_and_no_row_becomes_an_error(
     assert {row["attempts"] for row in rows} == {1}
 
 
+def test_a_draining_replica_gives_all_its_rows_up_at_once_and_another_one_answers_them(
+    tmp_path: Path, fleet: Callable[..., Fleet]
+) -> None:
+    drained: list[tuple[int, int]] = []
+
+    async def scenario(on: Fleet) -> None:
+        leaving = on.start(latency_s=30)
+        while not leaving.engine.kv().running:
+            await asyncio.sleep(0.005)
+        begun = len(leaving.engine.bodies)
+        other = on.start()
+        leaving.drain()
+        while not other.engine.bodies or leaving.engine.kv().running:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.1)
+        drained.append((len(leaving.engine.bodies) - begun, leaving.harvest.rows))
+
+    rows = finish(planned(tmp_path, 200), fleet(scenario))
+    assert [row["n"] for row in rows] == list(range(200))
+    assert drained == [(0, 0)]
+
+
+def test_a_replica_that_does_not_drain_after_all_works_on(
+    tmp_path: Path, fleet: Callable[..., Fleet]
+) -> None:
+    async def scenario(on: Fleet) -> None:
+        replica = on.start(latency_s=0.01)
+        while len(replica.engine.bodies) < 50:
+            await asyncio.sleep(0.005)
+        replica.drain()
+        await asyncio.sleep(0.1)
+        replica.drain(False)
+
+    rows = finish(planned(tmp_path, 200), fleet(scenario))
+    assert [row["n"] for row in rows] == list(range(200))
+
+
 def test_waiting_for_slack_is_not_under_the_timeout_of_a_row(
     tmp_path: Path, fleet: Callable[..., Fleet]
 ) -> None:
@@ -303,27 +338,14 @@ def test_a_job_that_is_stopped_keeps_the_rows_that_are_answered(
         replica = on.start(latency_s=0.02)
         while len(replica.engine.bodies) < 50:
             await asyncio.sleep(0.01)
-        (name,) = replica._host._jobs
-        on.table.stop(name, RowError("batch_cancelled", "cancelled"))
-        while (news := on.table.poll(name, 0, time.monotonic())) and news.leased:
-            await asyncio.sleep(0.01)
-        on.closed = True
-
-    def run() -> None:
-        with pytest.raises(IncompleteOutputError):
-            finish(config, on)
+        on.stopped = RowError("batch_cancelled", "cancelled")
 
     config = planned(tmp_path, 1000)
-    on = fleet(scenario)
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    on._scenario.result(60)
-    thread.join(60)
-    rows = answers(config)
-    codes = {row["error_code"] for row in rows}
-    assert codes == {None, "batch_cancelled"}
-    assert 20 < len(rows) < 1000
-    assert len(rows) % 5 == 0  # whole shards
+    run_batch(config, fleet(scenario), quiet())
+    codes = [row["error_code"] for row in answers(config)]
+    assert len(codes) == 1000
+    assert set(codes) == {None, "batch_cancelled"}
+    assert 20 < codes.count(None) < 500
 
 
 def test_an_error_of_a_shard_fails_the_job_with_its_own_type(

@@ -18,7 +18,9 @@ from phi4ray.config import batch_config
 from phi4ray.errors import TooManyErrorsError
 
 
-def receipt(shard: int, rows: int, started_at: float = 0.0, **errors: int) -> Receipt:
+def receipt(
+    shard: int, rows: int, started_at: float = 0.0, seconds: float = 1.0, **errors: int
+) -> Receipt:
     codes = list(Counter(errors).elements())
     codes += [None] * (rows - len(codes))
     results = [
@@ -32,7 +34,7 @@ def receipt(shard: int, rows: int, started_at: float = 0.0, **errors: int) -> Re
         )
         for at, code in enumerate(codes)
     ]
-    return make_receipt("plan", shard, results, started_at, started_at + 1.0)
+    return make_receipt("plan", shard, results, started_at, started_at + seconds)
 
 
 def working(**open_shards: int) -> WorkerStats:
@@ -114,11 +116,25 @@ def test_a_receipt_that_comes_twice_counts_once() -> None:
 def test_times_of_parts_and_the_peak_of_replicas_are_kept() -> None:
     tally = Tally(1000, 0)
     tally.snapshot({"a": WorkerStats(), "b": WorkerStats()}, 1.0)
-    tally.add(receipt(1, 10, started_at=130.0), 4.0)
-    tally.add(receipt(0, 10, started_at=120.0), 7.5)
+    tally.add(receipt(1, 10), 4.0)
+    tally.add(receipt(0, 10, seconds=6.0), 7.5)
     tally.snapshot({"a": WorkerStats()}, 8.0)
     assert (tally.first_part_s, tally.last_part_s) == (4.0, 7.5)
-    assert (tally.engine_at, tally.most_replicas) == (120.0, 2)
+    assert (tally.engine_began_s, tally.most_replicas) == (1.5, 2)
+
+
+@given(st.lists(st.floats(-1e10, 1e10), min_size=1, max_size=5))
+def test_no_worker_s_wall_clock_changes_what_a_run_took(clocks: list[float]) -> None:
+    tally = Tally(1000, 0)
+    for shard, clock in enumerate(clocks):
+        tally.add(receipt(shard, 10, started_at=clock, seconds=2.0), 5.0 + shard)
+    assert tally.engine_began_s == pytest.approx(3.0, abs=1e-4)
+
+
+def test_a_part_that_another_run_began_counts_from_this_one_s_start() -> None:
+    tally = Tally(1000, 0)
+    tally.add(receipt(0, 10, seconds=100.0), 5.0)
+    assert tally.engine_began_s == 0.0
 
 
 def test_loads_are_added_up_and_the_use_of_kv_caches_averaged() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from phi4ray.batch import parts as parts_module
 from phi4ray.batch import worker as worker_module
 from phi4ray.batch.executor import InProcessExecutor
+from phi4ray.batch.parts import read_receipt
 from phi4ray.batch.plan import Plan
 from phi4ray.batch.planning import obtain_plan
 from phi4ray.batch.worker import Done, ShardWorker
@@ -287,6 +289,21 @@ def test_stats_tell_what_open_shards_have_finished(tmp_path: Path) -> None:
     assert seen[-1].errors == {"invalid_json": 1}
     assert seen[-1].completion_tokens == 4 * 8
     assert worker.stats().open_shards == {}
+
+
+def test_a_wall_clock_that_is_set_back_does_not_change_how_long_a_shard_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(3))
+    config, plan = planned(tmp_path)
+
+    def set_back(prompt: str, times: int) -> None:
+        now = time.time()
+        monkeypatch.setattr(worker_module.time, "time", lambda: now - 86400.0)
+
+    run(config, plan, Engine(set_back))
+    receipt = read_receipt(config.output, plan, 0)
+    assert 0 <= receipt.finished_at - receipt.started_at < 3600
 
 
 # Failed rows again
