@@ -68,7 +68,7 @@ def models(as_json: AsJson = False) -> None:
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Option(help="name of the catalogue, or a local folder")],
+    model: Annotated[str, typer.Option(help="name of the catalogue, local or s3:// folder")],
     gpu: Annotated[str, typer.Option(help=f"one of {', '.join(GPUS)}")],
     quantization: Annotated[
         str | None, typer.Option(help="fp8, w8a8, w4a16, or vLLM's name of a method")

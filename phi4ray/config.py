@@ -49,7 +49,9 @@ class EngineConfig(Config):
     dtype: str = "auto"
     quantization: str | None = Field(None, description="e.g. 'fp8'; None reads the checkpoint's")
     kv_cache_dtype: str = "auto"
-    load_format: str = "auto"
+    load_format: str = Field(
+        "auto", description="As in `vllm serve`; 'runai_streamer' streams weights from s3://"
+    )
     max_model_len: int | None = Field(None, ge=1, description="Context in tokens; None: model's")
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs a replica; 0 GPUs on CPU builds")
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)

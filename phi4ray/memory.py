@@ -155,7 +155,7 @@ def place_engine(engine: EngineConfig, gpu: str) -> Placement:
     if shape is None:
         raise ConfigError(
             f"the shape of {engine.model!r} is not known here: name a model of the catalogue, or a "
-            "local folder with its config.json"
+            "local or s3:// folder with its config.json"
         )
     kv_bytes_per_token(shape, engine.kv_cache_dtype)  # raises where the dtype is not known
     return place(

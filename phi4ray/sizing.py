@@ -25,7 +25,7 @@ _STEPS = ((16384, 1024), (8192, 512), (4096, 256), (2048, 64), (2048, 8))
 class SizingRequest(Config):
     """What to plan for; names are `EngineConfig`'s. None means: choose, or leave out."""
 
-    model: str = Field(description="Name in the catalogue, or a local folder with a config.json")
+    model: str = Field(description="Name in the catalogue, or a folder with a config.json")
     gpu: str = Field(description="Key or alias of `phi4ray.gpus.GPUS`")
     quantization: str | None = Field(None, description="vLLM's word, or a scheme as 'w4a16'")
     kv_cache_dtype: str = "auto"

@@ -77,6 +77,11 @@ class FinetuneConfig(Config):
         fsdp = self.training_args.get("fsdp_config") or {}
         if isinstance(fsdp, Mapping) and fsdp.get("state_dict_type", WHOLE) != WHOLE:
             raise ValueError(f"fsdp_config.state_dict_type is {WHOLE}: the model is made of it")
+        if self.training_args.get("fsdp") and not (self.num_workers > 1 and self.gpus_per_worker):
+            # Accelerate would ignore it, and train copies of the whole model.
+            raise ValueError(
+                "fsdp splits a model over GPUs: give num_workers=2 or more, a GPU each"
+            )
         return self
 
 

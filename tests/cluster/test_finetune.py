@@ -3,10 +3,13 @@
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from cluster.local import connected
 from cluster.train import RayHost
@@ -60,6 +63,44 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_the_last_checkpoint(tmp_pa
     assert host.shown.count(1) == 1
     points = decode_history((tmp_path / "out" / "_history.json").read_bytes())
     assert [point.step for point in points] == list(range(1, 201))
+
+
+def learned(config: FinetuneConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses of a run on Ray, and the weights that came of it."""
+    finetune(config, RayHost(), Console(file=io.StringIO()))
+    output = Path(config.output)
+    points = decode_history((output / "_history.json").read_bytes())
+    return [point.loss for point in points], load_file(output / "model" / "model.safetensors")
+
+
+def test_two_workers_learn_what_one_does_from_batches_twice_as_large(tmp_path: Path) -> None:
+    steps: dict[str, Any] = {"method": "full", "learning_rate": 1e-3, "max_steps": 2}
+    two = small_finetune(tmp_path / "two", **steps, num_workers=2, per_device_batch_size=4)
+    one = small_finetune(tmp_path / "one", **steps, num_workers=1, per_device_batch_size=8)
+    (losses, made), (expected, whole) = learned(two), learned(one)
+    assert losses == pytest.approx(expected, rel=1e-3)
+    for name, weights in made.items():
+        torch.testing.assert_close(weights, whole[name], rtol=0.02, atol=2e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="FSDP splits a model over 2 GPUs")
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_split_model_learns_what_whole_copies_do(tmp_path: Path, method: str) -> None:
+    split = {
+        "fsdp": True,
+        "fsdp_config": {
+            "version": 2, "activation_checkpointing": True, "cpu_ram_efficient_loading": True,
+        },
+    }  # fmt: skip
+    steps: dict[str, Any] = {
+        "method": method, "learning_rate": 1e-3, "num_workers": 2, "gpus_per_worker": 1,
+        "gradient_checkpointing": False, "training_args": split,
+    }  # fmt: skip
+    losses, made = learned(small_finetune(tmp_path / "split", **steps))
+    expected, whole = learned(small_finetune(tmp_path / "copies", **steps | {"training_args": {}}))
+    assert losses == pytest.approx(expected, rel=0.01)
+    for name, weights in made.items():
+        torch.testing.assert_close(weights, whole[name], rtol=0.05, atol=5e-3)
 
 
 def test_an_error_that_would_come_again_comes_once_and_as_it_is(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints from s3:// on a node: copied once for all its processes, whole or not at all."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -9,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from phi4ray.engines import MODEL_CACHE, WEIGHTS, download
-from phi4ray.storage import copy_tree, join, s3, storage_for
+from phi4ray.config import EngineConfig
+from phi4ray.engines import MODEL_CACHE, WEIGHTS, download, make_replica
+from phi4ray.storage import copy_tree, join, s3, storage_for, upload_tree
 from phi4ray.storage.copy import PIECE_BYTES
+from phi4ray.train.tiny import make_tiny_model
 from tests.fault_proxy import Exchange, FaultProxy, fault_proxy
+from tests.tiny_engines import tiny_engine
 
 WEIGHT = os.urandom(2 * PIECE_BYTES + 1)
 FILES = {"config.json": b"{}", "empty": b"", "model.safetensors": WEIGHT}
@@ -106,6 +110,37 @@ def test_a_killed_download_leaves_nothing_that_looks_finished(
     over.set()
     assert not list((tmp_path / "cache").rglob("model.safetensors"))
     assert contents(download(s3_prefix)) == {"model.safetensors": WEIGHT}
+
+
+@pytest.mark.engine
+def test_an_engine_streams_the_weights_that_another_reads_from_its_copy(
+    s3_prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("runai_model_streamer")
+    monkeypatch.setenv(MODEL_CACHE, str(tmp_path / "cache"))
+    upload_tree(make_tiny_model(tmp_path / "model"), s3_prefix)
+    streamed = first_tokens(tiny_engine(s3_prefix, load_format="runai_streamer"))
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    assert streamed == first_tokens(tiny_engine(s3_prefix))
+    assert list((tmp_path / "cache").rglob("model.safetensors"))
+
+
+def first_tokens(config: EngineConfig) -> list[int]:
+    async def ask() -> list[int]:
+        replica = make_replica(config)
+        await replica.start()
+        body = {
+            "model": "phi-4", "prompt": "Once upon", "max_tokens": 8, "temperature": 0,
+            "return_token_ids": True,
+        }  # fmt: skip
+        try:
+            answer = await replica.complete("/v1/completions", body)
+        finally:
+            await replica.stop()
+        tokens: list[int] = answer.body["choices"][0]["token_ids"]
+        return tokens
+
+    return asyncio.run(ask())
 
 
 def test_weights_that_are_streamed_are_not_downloaded(proxy: FaultProxy, s3_prefix: str) -> None:

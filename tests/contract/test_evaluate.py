@@ -22,6 +22,7 @@ from phi4ray.fake import FakeReplica
 from phi4ray.train.answering import BatchAnswerer, EndpointAnswerer
 from phi4ray.train.evaluate import EvaluateConfig, Report, evaluate, read_report
 from phi4ray.train.tiny import make_tiny_model
+from tests.tiny_engines import tiny_engine
 
 DOCUMENTS = 24
 
@@ -57,15 +58,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def engine(model: Path) -> EngineConfig:
-    return EngineConfig(
-        model=str(model),
-        served_model_name="phi-4",
-        max_model_len=1024,
-        max_num_seqs=32,
-        max_num_batched_tokens=1024,
-        kv_cache_memory_bytes=1 << 26,
-        enforce_eager=True,
-    )
+    return tiny_engine(model, max_num_seqs=32)
 
 
 def fake(tokenizer: Path, name: str = "phi-4") -> EngineConfig:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phi4ray.config import EngineConfig
 from phi4ray.engines import make_replica
 from phi4ray.models import weight_scheme
 from phi4ray.storage import join, storage_for
@@ -20,6 +19,7 @@ from phi4ray.train.environment import PYTHON
 from phi4ray.train.quantize import quantize
 from phi4ray.train.scheme import QuantizeConfig
 from phi4ray.train.tiny import CORPUS, make_tiny_model
+from tests.tiny_engines import tiny_engine
 
 pytestmark = [
     pytest.mark.slow,
@@ -49,15 +49,7 @@ def logprobs(model: str) -> list[float]:
 
     async def ask() -> list[float]:
         replica = make_replica(
-            EngineConfig(
-                model=model,
-                served_model_name="phi-4",
-                max_model_len=512,
-                max_num_seqs=8,
-                max_num_batched_tokens=512,
-                kv_cache_memory_bytes=1 << 26,
-                enforce_eager=True,
-            )
+            tiny_engine(model, max_model_len=512, max_num_seqs=8, max_num_batched_tokens=512)
         )
         await replica.start()
         try:

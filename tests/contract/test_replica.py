@@ -21,6 +21,7 @@ from phi4ray.errors import EngineDeadError, EngineStartError
 from phi4ray.orphans import MARK
 from phi4ray.protocol import Answer, Json, Replica
 from phi4ray.train.tiny import make_tiny_model
+from tests.tiny_engines import tiny_engine
 
 T = TypeVar("T")
 CHAT: Endpoint = "/v1/chat/completions"
@@ -46,16 +47,8 @@ class Running:
         return answer.status, answer.body
 
 
-def tiny(folder: Path) -> EngineConfig:
-    return EngineConfig(
-        model=str(make_tiny_model(folder)),
-        served_model_name="phi-4",
-        max_model_len=1024,
-        max_num_seqs=64,
-        max_num_batched_tokens=1024,
-        kv_cache_memory_bytes=1 << 26,
-        enforce_eager=True,
-    )
+def tiny(folder: Path, **changes: Any) -> EngineConfig:
+    return tiny_engine(make_tiny_model(folder), **changes)
 
 
 @pytest.fixture(scope="module", params=["fake", pytest.param("vllm", marks=pytest.mark.engine)])
@@ -212,14 +205,17 @@ def test_an_engine_whose_process_dies_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.engine
 def test_a_killed_owner_leaves_no_engine_behind(tmp_path: Path) -> None:
-    folder = make_tiny_model(tmp_path / "tiny")
+    # vLLM's own way: a process for the model below that of the engine.
+    config = tiny(tmp_path / "tiny", engine_args={}, env={}).model_dump_json()
     owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(folder)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", OWNER, config], stdout=subprocess.PIPE, text=True
     )
     assert owner.stdout is not None
     assert any(line.startswith("started") for line in owner.stdout)
     processes = psutil.Process(owner.pid).children(recursive=True)
-    assert any("EngineCore" in process.name() for process in processes)
+    names = " ".join(process.name() for process in processes)
+    assert "EngineCore" in names
+    assert "Worker" in names
     owner.kill()
     owner.wait()
     gone, alive = psutil.wait_procs(processes, 60)
@@ -250,9 +246,7 @@ from phi4ray.config import EngineConfig
 from phi4ray.engines import make_replica
 
 async def main():
-    replica = make_replica(EngineConfig(
-        model=sys.argv[1], max_model_len=1024, max_num_seqs=8, max_num_batched_tokens=1024,
-        kv_cache_memory_bytes=1 << 26, enforce_eager=True))
+    replica = make_replica(EngineConfig.model_validate_json(sys.argv[1]))
     await replica.start()
     print("started", flush=True)
     await asyncio.sleep(600)

@@ -153,6 +153,15 @@ def test_fsdp_saves_whole_weights() -> None:
         )
 
 
+@pytest.mark.parametrize("where", [("--num-workers", "1"), ("--gpus-per-worker", "0")])
+def test_fsdp_without_gpus_to_split_a_model_over_is_refused(where: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="fsdp splits a model over GPUs"):
+        configured(
+            *("--input", "a/", "--output", "b", "--model", "m", "--num-workers", "2", *where),
+            *("--training-arg", "fsdp=true"),
+        )
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
