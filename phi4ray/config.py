@@ -18,9 +18,11 @@ OutputFormat = Literal["parquet", "openai-jsonl"]
 
 
 class Config(BaseModel):
-    """Base of every configuration: immutable, and a misspelt key is an error."""
+    """Base of every configuration: immutable; a misspelt key is an error, and so is infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 C = TypeVar("C", bound=Config)
@@ -104,7 +106,9 @@ class BatchConfig(Config):
     limit: int | None = Field(None, ge=1, description="Only the first N rows of the inputs")
     shard_rows: int = Field(1000, ge=1, description="Most rows in one output part")
     shard_mib: float = Field(64.0, gt=0, description="Most input bytes in one output part")
-    max_row_mib: float = Field(32.0, gt=0, description="Largest row; larger ones get an error")
+    max_row_mib: float = Field(
+        32.0, gt=0, le=1024, description="Largest row; larger ones get an error"
+    )
     max_columns: int = Field(
         1000, ge=0, description="Most members of rows that are carried; with more a job is refused"
     )
