@@ -9,7 +9,6 @@ from typing import Any, Literal, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import PydanticSerializationError
 
 from phi4ray.errors import ConfigError
 
@@ -146,11 +145,20 @@ class BatchConfig(Config):
         for reserved in ("stream", "model", "messages", "prompt", "input"):
             if reserved in self.sampling:
                 raise ValueError(f"sampling cannot set {reserved!r}: it belongs to the row")
-        try:
-            self.model_dump_json(fallback=str)
-        except PydanticSerializationError as error:  # from a terminal that is not UTF-8
-            raise ValueError("some of its text is not UTF-8") from error
+        check_text(self)
         return self
+
+
+def check_text(config: Config) -> None:
+    """Refuse what cannot be written down, names included.
+
+    Raises:
+        ValueError: says why.
+    """
+    try:
+        json.dumps(config.model_dump(), default=str, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # from a terminal that is not UTF-8
+        raise ValueError("some of its text is not UTF-8") from error
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:

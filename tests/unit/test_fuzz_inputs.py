@@ -194,6 +194,7 @@ def whole_parquet() -> bytes:
 
 @budget(80)
 @given(damaged(whole_parquet()) | st.binary(max_size=60).map(lambda data: b"PAR1" + data + b"PAR1"))
+@example(whole_parquet().replace(b"prompt", b"\x80rompt"))
 @example(b"")
 @example(b"PAR1")
 @example(b"PAR1\xff\xff\xff\x7fPAR1")
