@@ -52,6 +52,8 @@ JOB_FLAGS: Flags = {
     "limit": int,
     "shard_rows": int,
     "shard_mib": float,
+    "max_row_mib": float,
+    "max_columns": int,
     "min_replicas": int,
     "max_replicas": int,
     "shards_in_flight": int,

@@ -9,7 +9,6 @@ from typing import Any, Literal, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import PydanticSerializationError
 
 from phi4ray.errors import ConfigError
 
@@ -18,9 +17,11 @@ OutputFormat = Literal["parquet", "openai-jsonl"]
 
 
 class Config(BaseModel):
-    """Base of every configuration: immutable, and a misspelt key is an error."""
+    """Base of every configuration: immutable; a misspelt key is an error, and so is infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 C = TypeVar("C", bound=Config)
@@ -106,7 +107,9 @@ class BatchConfig(Config):
     limit: int | None = Field(None, ge=1, description="Only the first N rows of the inputs")
     shard_rows: int = Field(1000, ge=1, description="Most rows in one output part")
     shard_mib: float = Field(64.0, gt=0, description="Most input bytes in one output part")
-    max_row_mib: float = Field(32.0, gt=0, description="Largest row; larger ones get an error")
+    max_row_mib: float = Field(
+        32.0, gt=0, le=1024, description="Largest row; larger ones get an error"
+    )
     max_columns: int = Field(
         1000, ge=0, description="Most members of rows that are carried; with more a job is refused"
     )
@@ -144,11 +147,20 @@ class BatchConfig(Config):
         for reserved in ("stream", "model", "messages", "prompt", "input"):
             if reserved in self.sampling:
                 raise ValueError(f"sampling cannot set {reserved!r}: it belongs to the row")
-        try:
-            self.model_dump_json(fallback=str)
-        except PydanticSerializationError as error:  # from a terminal that is not UTF-8
-            raise ValueError("some of its text is not UTF-8") from error
+        check_text(self)
         return self
+
+
+def check_text(config: Config) -> None:
+    """Refuse what cannot be written down, names included.
+
+    Raises:
+        ValueError: says why.
+    """
+    try:
+        json.dumps(config.model_dump(), default=str, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # from a terminal that is not UTF-8
+        raise ValueError("some of its text is not UTF-8") from error
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:

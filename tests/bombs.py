@@ -30,10 +30,10 @@ PROMPT = b'{"prompt": "x"}\n'
 
 
 def one_endless_line(path: Path) -> None:
-    """A gigabyte without a line's end, in a file system that keeps none of it."""
+    """Much without a line's end, in a file system that keeps none of it."""
     path.write_bytes(PROMPT)
     with path.open("r+b") as stream:
-        stream.truncate(1 << 30)
+        stream.truncate(400 * MIB)
         stream.seek(0, 2)
         stream.write(b"\n" + PROMPT)
 

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-LONG = 40
+LONG = 12
 """With HYPOTHESIS_PROFILE=long, so many times the examples."""
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, FiniteFloat
+from pydantic import Field
 from pydantic_core import to_json
 
 from phi4ray.batch.plan import Plan
@@ -123,8 +123,8 @@ class Receipt(Config):
     errors: Mapping[str, Count]
     prompt_tokens: Count
     completion_tokens: Count
-    started_at: FiniteFloat
-    finished_at: FiniteFloat
+    started_at: float
+    finished_at: float
     latency_s: Annotated[tuple[Count, ...], _length(LATENCY_EDGES_S)]
     prompt_lengths: Annotated[tuple[Count, ...], _length(TOKEN_EDGES)]
     completion_lengths: Annotated[tuple[Count, ...], _length(TOKEN_EDGES)]

@@ -23,7 +23,14 @@ from phi4ray.batch.lines import (
     open_lines,
     skip_line,
 )
-from phi4ray.batch.parquet import open_parquet, read_batches, records_of
+from phi4ray.batch.parquet import (
+    MAX_UNPACKED_BYTES,
+    MAX_UNPACKED_RATIO,
+    open_parquet,
+    read_batches,
+    records_of,
+    unpacked_bytes,
+)
 from phi4ray.batch.plan import Input, Slice
 from phi4ray.batch.rows import decode_line, record_id, request_members
 from phi4ray.errors import InputError
@@ -192,8 +199,15 @@ def _scan_parquet(item: Input, unit: Unit, cut: Cut) -> Scan:
     a_row = max(1, size // max(1, total))
     step = max(1, min(cut.rows, cut.bytes // a_row))
     digests: list[int] = []
+    left = max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * item.size)
     if names := [name for name in ("custom_id", "id") if name in schema.names]:
         for table in read_batches(item, file, names):
+            left -= unpacked_bytes(table)
+            if left < 0:
+                raise InputError(
+                    f"{item.uri} has ids that take more than {MAX_UNPACKED_RATIO} times its size: "
+                    "give it shorter ones"
+                )
             digests += map(_digest, records_of(table.select(names)))
     return Scan(
         slices=[

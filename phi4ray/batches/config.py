@@ -20,7 +20,7 @@ class BatchesConfig(Config):
     )
     max_file_mib: float = Field(200.0, gt=0, description="Largest file that is taken")
     max_file_rows: int = Field(50_000, ge=1, description="Most requests in a batch")
-    max_row_mib: float = Field(32.0, gt=0, description="Largest line of a batch's file")
+    max_row_mib: float = Field(32.0, gt=0, le=1024, description="Largest line of a batch's file")
     completion_windows: tuple[str, ...] = Field(
         ("24h",), min_length=1, description="Those that may be asked for: a number and s, m, h or d"
     )

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from phi4ray.batches.config import BatchesConfig
-from phi4ray.config import Config, EngineConfig, merge, validated
+from phi4ray.config import Config, EngineConfig, check_text, merge, validated
 from phi4ray.recipes import find_recipe
 from phi4ray.serve.admission import AdmissionConfig
 from phi4ray.serve.autoscaling import AutoscalingPolicyConfig
@@ -29,6 +29,11 @@ class ServeConfig(Config):
     drain_timeout_s: float = Field(
         600.0, gt=0, description="Longest that a leaving replica finishes its running requests"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> "ServeConfig":
+        check_text(self)
+        return self
 
 
 def serve_config(*layers: Mapping[str, Any]) -> ServeConfig:

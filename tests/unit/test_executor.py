@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi4ray.batch.executor import InProcessExecutor, in_thread, shards_in_flight, threaded
+from phi4ray.batch.executor import (
+    IN_FLIGHT_BYTES,
+    InProcessExecutor,
+    in_thread,
+    shards_in_flight,
+    threaded,
+)
 from phi4ray.batch.plan import Input, Plan, Shard, Slice, make_plan
 from phi4ray.batch.planning import obtain_plan
 from phi4ray.config import EngineConfig
@@ -38,6 +44,14 @@ def test_shards_in_flight_hold_the_rows_that_fill_a_replica_twice(
 def test_shards_in_flight_may_be_set() -> None:
     plan = Plan(plan_id="p", identity={}, inputs=(), carried="", shards=())
     assert shards_in_flight(job(Path("/x"), shards_in_flight=7), plan) == 7
+
+
+def test_of_large_shards_fewer_are_in_flight() -> None:
+    pieces = [Slice(file=0, row_start=at, rows=1, size=64 << 20) for at in range(100)]
+    shards = [Shard(index=at, slices=(piece,)) for at, piece in enumerate(pieces)]
+    inputs = [Input(uri="a.jsonl", size=1, etag="e")]
+    plan = make_plan({}, inputs, shards, carried="", prompt_bytes=100 * (64 << 20))
+    assert shards_in_flight(job(Path("/x")), plan) == IN_FLIGHT_BYTES // (64 << 20)
 
 
 # Results of a thread

@@ -51,6 +51,7 @@ def refusal(function: Callable[[], Any]) -> str | None:
 @example("a: " + "1" * 5000)
 @example("a: &a [*a]")
 @example("sampling: &a {b: *a}")
+@example("a: !!float ''")
 def test_yaml_of_any_content_is_a_mapping_or_names_its_file(text: str) -> None:
     said = refusal(lambda: load_yaml(text, "job.yaml"))
     assert said is None or said.startswith("job.yaml ")
@@ -73,6 +74,9 @@ def test_settings_of_any_kind_are_taken_or_refused_by_name(
 
     @budget(150)
     @given(near(valid) | nested)
+    @example(valid | {"recipe": ["phi-4"]})
+    @example(valid | {"engine": {"kind": "fake", "model": "m", "engine_args": {"\ud800": 1}}})
+    @example(valid | {"drain_timeout_s": float("inf"), "shard_mib": float("inf")})
     def check(settings: dict[str, Any]) -> None:
         said = refusal(lambda: make(settings))
         if said is None:

@@ -196,6 +196,7 @@ FILE = FileRecord(id=FILE_ID, filename="a", purpose="batch", created_at=1, piece
     near(BatchState().model_dump()).map(dumped) | broken_texts,
     st.binary(max_size=20),
 )
+@example(b"{}", b"{}", b"{}", b"soon")
 def test_records_of_the_batch_api_are_read_or_named(
     request: bytes, file: bytes, state: bytes, cancel: bytes
 ) -> None:
