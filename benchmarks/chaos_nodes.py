@@ -95,8 +95,8 @@ class Nodes:
         self.address = f"127.0.0.1:{PORT}"
         environment = {
             **os.environ,
-            # A GCS that is gone is noticed in seconds, not in a minute.
-            "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+            # A GCS that is gone is noticed in seconds, not in a minute; one that is slow is not.
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "15",
             "RAY_USAGE_STATS_ENABLED": "0",
             # What else this machine does would starve engines while they start.
             "RAY_worker_niceness": "0",
