@@ -18,7 +18,6 @@ import asyncio
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from engines import ENGINES, make_model
 from rich.console import Console
 from rich.table import Table
@@ -51,13 +51,14 @@ PHASES = {
 """Each phase ends with the last line that has this, before the next phase's."""
 
 REPORTED = {
+    "CPU, to the first token": r"answered, CPU ([\d.]+) s",
     "reading weights": r"Loading weights took ([\d.]+) s",
     "torch.compile": r"torch\.compile (?:takes|took) ([\d.]+) s in total",
     "compiled code from cache": r"[Dd]irectly load .* took ([\d.]+) s",
     "graph capture": r"Graph capturing finished in ([\d.]+) s",
     "init engine": r"init engine .* took ([\d.]+) s",
 }
-"""What the engine itself says."""
+"""What the processes themselves say."""
 
 CACHES = {
     "VLLM_CACHE_ROOT": "vllm",
@@ -136,7 +137,7 @@ async def start(settings: dict[str, Any]) -> None:
     body = {"model": "phi-4", "prompt": "Hello", "max_tokens": 1}
     answer = await replica.complete("/v1/completions", body)
     assert answer.status == 200, answer.body
-    print("@@ answered", flush=True)
+    print(f"@@ answered, CPU {cpu_s():.2f} s", flush=True)
     await replica.stop()
     print("@@ stopped", flush=True)
 
@@ -153,7 +154,7 @@ def measure(config: dict[str, Any], caches: Path, log: Path | None) -> dict[str,
     for folder in CACHES.values():
         (caches / folder).mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__, "--child", json.dumps(config)]
-    began, cpu_before = time.monotonic(), cpu_s()
+    began = time.monotonic()
     lines: list[tuple[float, str]] = []
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -167,13 +168,14 @@ def measure(config: dict[str, Any], caches: Path, log: Path | None) -> dict[str,
             stream.write(text)
     if process.returncode:
         raise SystemExit(f"the engine did not start:\n{text[-3000:]}")
-    return phases(lines) | {"CPU": round(cpu_s() - cpu_before, 2)} | reported(text)
+    return phases(lines) | reported(text)
 
 
 def cpu_s() -> float:
-    """Seconds that the cores spent on children, and on theirs, that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    """Seconds that the cores spent on this process and all below it, those that ended too."""
+    this = psutil.Process()
+    times = [process.cpu_times() for process in (this, *this.children(recursive=True))]
+    return sum(t.user + t.system + t.children_user + t.children_system for t in times)
 
 
 def phases(lines: list[tuple[float, str]]) -> dict[str, float]:
@@ -191,13 +193,13 @@ def phases(lines: list[tuple[float, str]]) -> dict[str, float]:
 def reported(text: str) -> dict[str, float]:
     """What the engine says that parts of it took, where it says so."""
     said = {name: re.findall(mark, text) for name, mark in REPORTED.items()}
-    return {f"by its log: {name}": float(times[-1]) for name, times in said.items() if times}
+    return {f"by the log: {name}": float(times[-1]) for name, times in said.items() if times}
 
 
 def show(results: dict[str, dict[str, float]]) -> None:
     table = Table("seconds", *results)
     names = dict.fromkeys(name for result in results.values() for name in result)
-    for name in sorted(names, key=lambda name: name.startswith("by its log")):
+    for name in sorted(names, key=lambda name: name.startswith("by the log")):
         table.add_row(name, *(f"{result.get(name, 0):.1f}" for result in results.values()))
     Console().print(table)
 
