@@ -36,12 +36,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def changed(finished: Path) -> Callable[[str, bytes], str]:
-    """Puts other content into an object of the job's output; gives the output."""
-    whole = {path: path.read_bytes() for path in sorted((finished / "out").iterdir())}
+def objects(finished: Path) -> dict[str, bytes]:
+    """The objects of the job's output, by name."""
+    return {path.name: path.read_bytes() for path in sorted((finished / "out").iterdir())}
+
+
+@pytest.fixture(scope="module")
+def changed(finished: Path, objects: dict[str, bytes]) -> Callable[[str, bytes], str]:
+    """Puts other content into one object of the job's output, alone; gives the output."""
 
     def put(name: str, data: bytes) -> str:
-        for path, content in whole.items():
+        for other, content in objects.items():
+            path = finished / "out" / other
             if not path.exists() or path.read_bytes() != content:
                 path.write_bytes(content)
         (finished / "out" / name).write_bytes(data)
@@ -62,8 +68,8 @@ def outcome(function: Callable[[], Any]) -> Phi4rayError | None:
     return None
 
 
-def test_a_plan_is_read_as_it_was_written_or_refused(finished: Path) -> None:
-    whole = (finished / "out" / PLAN_NAME).read_bytes()
+def test_a_plan_is_read_as_it_was_written_or_refused(objects: dict[str, bytes]) -> None:
+    whole = objects[PLAN_NAME]
     plan = read_plan(whole, "_plan.json")
     members = json.loads(whole)
 
@@ -87,9 +93,9 @@ def test_a_plan_is_read_as_it_was_written_or_refused(finished: Path) -> None:
 
 
 def test_a_job_whose_plan_carries_columns_that_cannot_be_read_says_so(
-    finished: Path, changed: Changed
+    finished: Path, objects: dict[str, bytes], changed: Changed
 ) -> None:
-    members = json.loads((finished / "out" / PLAN_NAME).read_bytes())
+    members = json.loads(objects[PLAN_NAME])
 
     @budget(60)
     @given(st.text(max_size=30) | st.binary(max_size=60).map(lambda data: data.hex()))
@@ -105,11 +111,13 @@ def test_a_job_whose_plan_carries_columns_that_cannot_be_read_says_so(
     check()
 
 
-def test_a_part_that_is_none_is_named(finished: Path, changed: Changed) -> None:
+def test_a_part_that_is_none_is_named(
+    finished: Path, objects: dict[str, bytes], changed: Changed
+) -> None:
     config = job(finished, shard_rows=2)
-    plan = obtain_plan(config, InProcessExecutor())
-    part = finished / "out" / plan.part_name(1)
-    table = pq.read_table(part)
+    name = read_plan(objects[PLAN_NAME], PLAN_NAME).part_name(1)
+    part = objects[name]
+    table = pq.read_table(pa.BufferReader(part))
     receipt = json.loads(table.schema.metadata[RECEIPT_KEY])
 
     def with_receipt(data: bytes) -> bytes:
@@ -120,27 +128,28 @@ def test_a_part_that_is_none_is_named(finished: Path, changed: Changed) -> None:
     receipts = near(receipt).map(dumped) | damaged(dumped(receipt)) | broken_texts
 
     @budget(80)
-    @given(receipts.map(with_receipt) | damaged(part.read_bytes()) | st.binary(max_size=50))
+    @given(receipts.map(with_receipt) | damaged(part) | st.binary(max_size=50))
     @example(with_receipt(dumped(receipt | {"rows": -2, "errors": {"x": 10**30}})))
     @example(with_receipt(dumped(receipt | {"latency_s": [1], "started_at": float("inf")})))
     def check(data: bytes) -> None:
-        changed(part.name, data)
+        changed(name, data)
         for again in (config, config.model_copy(update={"retry_errors": True})):
             error = outcome(lambda again=again: run(again))  # type: ignore[misc]
             if error is not None:
                 assert isinstance(error, IncompleteOutputError)
-                assert part.name in str(error)
+                assert name in str(error)
 
     check()
 
 
-def test_results_are_shown_or_refused_whatever_lies_there(finished: Path, changed: Changed) -> None:
-    manifest = json.loads((finished / "out" / MANIFEST_NAME).read_bytes())
-    plan = read_plan((finished / "out" / PLAN_NAME).read_bytes(), PLAN_NAME)
-    part = (finished / "out" / plan.part_name(0)).read_bytes()
-    objects = st.one_of(
+def test_results_are_shown_or_refused_whatever_lies_there(
+    objects: dict[str, bytes], changed: Changed
+) -> None:
+    manifest = json.loads(objects[MANIFEST_NAME])
+    part = read_plan(objects[PLAN_NAME], PLAN_NAME).part_name(0)
+    others = st.one_of(
         st.tuples(st.just(MANIFEST_NAME), near(manifest).map(dumped) | broken_texts),
-        st.tuples(st.just(plan.part_name(0)), damaged(part)),
+        st.tuples(st.just(part), damaged(objects[part])),
         st.tuples(st.just(PROGRESS_NAME), broken_texts),
     )
 
@@ -150,7 +159,7 @@ def test_results_are_shown_or_refused_whatever_lies_there(finished: Path, change
         list(rows_of(results))
 
     @budget(80)
-    @given(objects)
+    @given(others)
     def check(found: tuple[str, bytes]) -> None:
         name, data = found
         error = outcome(lambda: show(changed(name, data)))
@@ -159,8 +168,10 @@ def test_results_are_shown_or_refused_whatever_lies_there(finished: Path, change
     check()
 
 
-def test_progress_of_any_content_is_shown_or_is_none(finished: Path, changed: Changed) -> None:
-    progress = json.loads((finished / "out" / PROGRESS_NAME).read_bytes())
+def test_progress_of_any_content_is_shown_or_is_none(
+    objects: dict[str, bytes], changed: Changed
+) -> None:
+    progress = json.loads(objects[PROGRESS_NAME])
     last = progress["window"]["last"]
     windows = near(last).map(
         lambda one: dumped(progress | {"window": progress["window"] | {"last": one}})
