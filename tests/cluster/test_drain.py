@@ -23,7 +23,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 OPERATOR = """
 import itertools, os, sys
 from cluster.environment import SERVING
-os.environ |= SERVING | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2"}
+# Less than Serve's 30 s, but longer than a busy machine's HAProxy takes to hear of a change.
+os.environ |= SERVING | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "8"}
 from ray import serve
 from cluster.local import connected
 from cluster.serve import application
