@@ -17,7 +17,7 @@ PORT = 8189
 OPERATOR = """
 import json, os, sys
 from cluster.environment import SERVING
-os.environ |= SERVING | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2"}
+os.environ |= SERVING | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5"}
 import ray
 from cluster.local import connected
 from cluster.serve import application, deployed

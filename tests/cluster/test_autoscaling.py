@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.engine, pytest.mark.timeout(600)]
 OPERATOR = """
 import os, sys, time
 from cluster.environment import SERVING
-os.environ |= SERVING | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2"}
+os.environ |= SERVING | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5"}
 from ray import serve
 from cluster.local import connected
 from cluster.serve import deployed
