@@ -39,6 +39,7 @@ PHASES = {
     "python": r"@@ running",
     "import vLLM": r"@@ imported",
     "the model's files": r"@@ model here",
+    "the model's class": r"Resolved architecture",
     "engine process, its imports": r"Initializing a V1 LLM engine",
     "device, worker process if any": r"Starting to load model",
     "weights": r"Loading weights took|Model loading took",
