@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from phi4ray.batch.lines import row_of
 from phi4ray.batches.validation import MAX_ERRORS, check, lines_of
 from phi4ray.fake import FakeReplica
 from phi4ray.serve.app import OnlineApp
@@ -172,6 +173,7 @@ def test_headers_of_any_content_are_answered(ask: Ask) -> None:
     st.lists(near(BATCH_LINE).map(dumped) | broken_texts, max_size=8),
     st.sampled_from([b"\n", b"\r\n"]),
 )
+@example([b"\xef\xbb\xbf"], b"\n")
 def test_each_bad_line_of_a_batch_is_named_by_its_number(rows: list[bytes], end: bytes) -> None:
     content = end.join(row.replace(b"\n", b"").replace(b"\r", b"") for row in rows)
     lines = lines_of(io.BytesIO(content), 1 << 20)
@@ -184,5 +186,5 @@ def test_each_bad_line_of_a_batch_is_named_by_its_number(rows: list[bytes], end:
         try:
             good = isinstance(json.loads(row), dict)
         except (ValueError, RecursionError):
-            good = not row.strip()
+            good = row_of(row) is None  # blank lines are no rows
         assert good or number in told or len(checked.errors) == MAX_ERRORS
