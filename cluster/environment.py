@@ -11,6 +11,8 @@ SERVING: Mapping[str, str] = {
     # The router looks at the beginning of a prompt.
     "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
     "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE": str(256 * 1024),
+    # With each deployment of an application its routers are replaced: the other one is asked then.
+    "RAY_SERVE_INGRESS_ROUTER_REPLICAS_PER_NODE": "2",
     # A router on a busy node is slow, not gone: for one that is gone connecting fails.
     "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_TIMEOUT_S": "20",
     # A replica that dies before the first byte of an answer has answered nobody: ask another,

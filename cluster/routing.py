@@ -9,10 +9,10 @@ import json
 import logging
 from typing import Any
 
-from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.schema import LoggingConfig
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -21,6 +21,7 @@ from starlette.routing import Route
 from phi4ray.demand import max_tokens_of, prompt_of
 from phi4ray.protocol import Json
 from phi4ray.serve.routing import Load, PrefixRouter, RoutingConfig
+from ray import serve
 
 # What HAProxy is told when there is no replica: one that it does not know either. It then asks
 # Serve's own proxy, which holds the request until autoscaling has started one.
@@ -114,8 +115,7 @@ def route_picker(replicas: serve.Application) -> serve.Application:
     return serve.deployment(
         serve.ingress()(RoutePicker),
         name="router",
-        # HAProxy asks the next where one is not there: one dies, or is being replaced.
-        num_replicas=2,
         max_ongoing_requests=10_000,
         ray_actor_options={"num_cpus": 0},
+        logging_config=LoggingConfig(enable_access_log=False),
     ).bind(replicas)

@@ -52,9 +52,7 @@ def test_the_job_of_a_rayjob_answers_all_rows_and_a_retry_of_it_none_again(
     prompts, answers = join(s3_prefix, "prompts/"), join(s3_prefix, "answers/")
     for path in (ROOT / "examples").glob("*.jsonl"):
         storage_for(prompts).write(join(prompts, path.name), path.read_bytes())
-    settings = {
-        "input": [prompts], "output": answers, "engine": {"kind": "fake", "model": "tiny"},
-    }  # fmt: skip
+    settings = {"input": [prompts], "output": answers}
     objects = with_values(
         tmp_path, "cpu-tiny/batch", s3Endpoint=s3_endpoint, **{"job.yaml": yaml.safe_dump(settings)}
     )

@@ -1,6 +1,7 @@
 """The service as clients see it: `jobs/serve.py` with a real engine, asked by real clients."""
 
 import json
+import os
 import re
 import signal
 import socket
@@ -49,7 +50,8 @@ def base_url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     ]  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        environment = os.environ | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2"}
+        server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         try:
             deadline = time.monotonic() + 300
             while not ready(url):

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.crash, pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 def test_a_job_ends_whole_whatever_fails_around_it(tmp_path: Path) -> None:
     command = [
-        sys.executable, str(ROOT / "benchmarks" / "chaos.py"), "--rows", "20000", "--kills", "8",
+        sys.executable, str(ROOT / "benchmarks" / "chaos.py"), "--rows", "8000", "--kills", "5",
         "--seed", os.environ.get("PHI4RAY_CRASH_SEED", "0"), "--max-minutes", "15",
         "--logs", str(tmp_path),
     ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Whole batch jobs on replicas that serve online traffic, without Ray: nothing lost or doubled."""
 
 import asyncio
+import itertools
 import math
 import random
 import threading
@@ -211,19 +212,18 @@ def test_each_row_is_answered_once_while_replicas_come_go_and_are_busy(
         on.start(latency_s=0.02)
         on.start(latency_s=0.02)
         bursts = set()
-        while True:
+        for move in itertools.cycle(("killed", None, "restarted", None)):
             await asyncio.sleep(0.15)
             replica = chance.choice(on.replicas)
             bursts.add(asyncio.create_task(burst(replica)))
             events["bursts"] += 1
-            move = chance.random()
-            if move < 0.25:
+            if move == "killed":
                 on.kill(on.replicas.index(replica))
                 on.start(latency_s=0.02)
-                events["killed"] += 1
-            elif move < 0.4:
+            elif move == "restarted":
                 on.table = JobTable(time.monotonic())
-                events["restarted"] += 1
+            if move:
+                events[move] += 1
 
     on = fleet(scenario)
     rows = finish(planned(tmp_path, 1000), on)
