@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from phi4ray.storage import join, storage_for
+from phi4ray.storage import join, storage_for, upload_tree
+from phi4ray.train.tiny import make_tiny_model
 from tests.manifests import (
     ROOT,
     clusters,
@@ -52,7 +53,9 @@ def test_the_job_of_a_rayjob_answers_all_rows_and_a_retry_of_it_none_again(
     prompts, answers = join(s3_prefix, "prompts/"), join(s3_prefix, "answers/")
     for path in (ROOT / "examples").glob("*.jsonl"):
         storage_for(prompts).write(join(prompts, path.name), path.read_bytes())
-    settings = {"input": [prompts], "output": answers}
+    model = join(s3_prefix, "tiny-phi-4")
+    upload_tree(make_tiny_model(tmp_path / "tiny"), model)
+    settings = {"input": [prompts], "output": answers, "engine": {"model": model}}
     objects = with_values(
         tmp_path, "cpu-tiny/batch", s3Endpoint=s3_endpoint, **{"job.yaml": yaml.safe_dump(settings)}
     )
