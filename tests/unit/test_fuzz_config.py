@@ -14,6 +14,8 @@ from phi4ray.serve.config import serve_config
 from phi4ray.serve.tenants import parse
 from tests.fuzz import budget, near, texts, values
 
+pytestmark = pytest.mark.slow
+
 BATCH = {
     "input": ["a"], "output": "b", "engine": {"kind": "fake", "model": "m"}, "shard_rows": 3,
     "sampling": {"n": 1}, "max_row_mib": 1.0, "max_columns": 3, "gpu_hour_price": 2.5,

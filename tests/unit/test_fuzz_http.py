@@ -21,6 +21,8 @@ from phi4ray.serve.config import serve_config
 from phi4ray.serve.paths import BATCHES, FILES, GENERATING
 from tests.fuzz import broken_texts, budget, deep, dumped, near, texts
 
+pytestmark = pytest.mark.slow
+
 CHAT = {
     "model": "m",
     "messages": [{"role": "user", "content": "hello"}],

@@ -20,6 +20,8 @@ from phi4ray.errors import InputError
 from tests.fuzz import broken_texts, budget, damaged, dumped, near, texts, values
 from tests.small_jobs import InProcessExecutor, job, run
 
+pytestmark = pytest.mark.slow
+
 ROW = {
     "id": "r1",
     "prompt": "hello",

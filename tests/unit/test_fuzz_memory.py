@@ -7,6 +7,8 @@ import pytest
 from tests import bombs
 from tests.bounded import MIB, within
 
+pytestmark = pytest.mark.slow
+
 MAKING_MIB = 8192
 """For a bomb's maker: what counts is what it takes to read it."""
 

@@ -25,6 +25,8 @@ from phi4ray.storage import join
 from tests.fuzz import broken_texts, budget, damaged, dumped, near, values
 from tests.small_jobs import InProcessExecutor, job, prompts, run, write_lines
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
