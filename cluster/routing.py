@@ -9,6 +9,7 @@ import json
 import logging
 from typing import Any
 
+from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
@@ -21,7 +22,6 @@ from starlette.routing import Route
 from phi4ray.demand import max_tokens_of, prompt_of
 from phi4ray.protocol import Json
 from phi4ray.serve.routing import Load, PrefixRouter, RoutingConfig
-from ray import serve
 
 # What HAProxy is told when there is no replica: one that it does not know either. It then asks
 # Serve's own proxy, which holds the request until autoscaling has started one.
