@@ -10,6 +10,14 @@ Json = dict[str, Any]
 """A JSON object, decoded."""
 
 
+def has_more_values(text: bytes, most: int) -> bool:
+    """Whether JSON text may decode to more values than that: by its commas and brackets.
+
+    A list that costs two bytes to write costs sixty to hold.
+    """
+    return len(text) > most and sum(map(text.count, (b",", b"[", b"{"))) > most
+
+
 @dataclass(frozen=True, slots=True)
 class RowError:
     """Why a row has no answer. `code` is stable and meant for programs, `message` for people."""

@@ -114,13 +114,7 @@ def size(request: SizingRequest) -> Sizing:
             f"{work.prompt_tokens} prompt and {work.completion_tokens} completion tokens are more "
             f"than the context of {memory.max_model_len}: raise it, or shorten them"
         )
-    roofline = Roofline(
-        shape=placement.shape,
-        gpu=find_gpu(request.gpu),
-        weights=placement.weights,
-        kv_cache_dtype=placement.kv_cache_dtype,
-        tensor_parallel_size=placement.tensor_parallel_size,
-    )
+    roofline = roofline_of(placement, request.gpu)
     speed = replicas = job = None
     if memory.fits:
         running = concurrency(work, placement.max_num_seqs, memory.kv_cache_size_tokens)
@@ -197,6 +191,21 @@ def _throughput(roofline: Roofline, running: int, work: Workload) -> Throughput:
         decode_one_tokens_per_s=1 / roofline.decode_step_s(1, work.resident_tokens),
         total_tokens_per_s=running * work.tokens / wave_s,
         completion_tokens_per_s=running * work.completion_tokens / wave_s,
+    )
+
+
+def roofline_of(placement: Placement, gpu: str) -> Roofline:
+    """The roofline of a replica that is placed on such cards.
+
+    Raises:
+        ConfigError: the catalogue has no such card.
+    """
+    return Roofline(
+        shape=placement.shape,
+        gpu=find_gpu(gpu),
+        weights=placement.weights,
+        kv_cache_dtype=placement.kv_cache_dtype,
+        tensor_parallel_size=placement.tensor_parallel_size,
     )
 
 

@@ -10,9 +10,9 @@ from phi4ray.batch.plan import Plan
 from phi4ray.config import BatchConfig
 from phi4ray.errors import ConfigError
 from phi4ray.fit import needs_no_plan
-from phi4ray.gpus import GIB, find_gpu
-from phi4ray.roofline import Roofline, Workload
-from phi4ray.sizing import JobEstimate, estimate_job
+from phi4ray.gpus import GIB
+from phi4ray.roofline import Workload
+from phi4ray.sizing import JobEstimate, estimate_job, roofline_of
 
 CHARS_PER_TOKEN = 4
 """Of English text with a vocabulary of 100,000 tokens: a rule of thumb, and only that."""
@@ -102,13 +102,7 @@ def job_lines(config: BatchConfig, plan: Plan, card: str) -> list[tuple[str, str
     limit = _answer_limit(config)
     longest = None if limit is None else max(1, min(limit, budget.max_model_len - prompt))
     replicas = config.max_replicas or config.min_replicas
-    roofline = Roofline(
-        shape=placement.shape,
-        gpu=find_gpu(card),
-        weights=placement.weights,
-        kv_cache_dtype=placement.kv_cache_dtype,
-        tensor_parallel_size=placement.tensor_parallel_size,
-    )
+    roofline = roofline_of(placement, card)
 
     def job(answer: int) -> JobEstimate:
         work = Workload(prompt_tokens=prompt, completion_tokens=answer)

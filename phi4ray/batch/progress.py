@@ -4,7 +4,6 @@ import re
 from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
-from types import TracebackType
 
 from rich.console import Console
 
@@ -76,26 +75,14 @@ class Window:
         )
 
 
-class Progress:
+class Progress(LiveLine):
     """Shows snapshots until the block ends, and keeps their time series for the report."""
 
     def __init__(self, console: Console, interval_s: float) -> None:
+        super().__init__(console, interval_s)
         self.history: list[Sample] = []
         self._recent: deque[Snapshot] = deque()
         self._spacing_s = 0.5
-        self._line = LiveLine(console, interval_s)
-
-    def __enter__(self) -> "Progress":
-        self._line.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._line.__exit__(kind, error, trace)
 
     def update(self, snapshot: Snapshot) -> None:
         """Take the newest snapshot; shown at once in a terminal, else when its line is due."""
@@ -106,7 +93,7 @@ class Progress:
             self._recent.popleft()
         self._sample(snapshot)
         done, total = snapshot.rows_done, snapshot.rows_total
-        self._line.show(self.window.line(), done, total, snapshot.elapsed_s)
+        self.show(self.window.line(), done, total, snapshot.elapsed_s)
 
     def _sample(self, snapshot: Snapshot) -> None:
         if self.history and snapshot.elapsed_s - self.history[-1].elapsed_s < self._spacing_s:

@@ -19,7 +19,7 @@ from typing import Any, get_args
 from pydantic_core import from_json, to_json
 
 from phi4ray.config import BatchConfig, Endpoint
-from phi4ray.protocol import Json, RowError
+from phi4ray.protocol import Json, RowError, has_more_values
 
 BATCH_LINE = frozenset({"custom_id", "method", "url", "body"})
 COLUMNS = frozenset({"custom_id", "id", "prompt", "messages", "sampling"})
@@ -27,7 +27,7 @@ RESERVED = BATCH_LINE | COLUMNS
 """Members that may make a request; see `request_members`."""
 
 MAX_ROW_VALUES = 2_000_000
-"""Commas and brackets in a line: a list costs two bytes to write, and sixty to hold."""
+"""Of a line, see `phi4ray.protocol.has_more_values`."""
 
 MAX_NAME_CHARS = 1024
 """Of a member or column: each becomes a column of the output, named in every part's footer."""
@@ -62,7 +62,7 @@ def decode_line(line: bytes | RowError) -> Json | RowError:
     """Decode one JSONL line into a record; one that was not read has its error already."""
     if isinstance(line, RowError):
         return line
-    if len(line) > MAX_ROW_VALUES and sum(map(line.count, (b",", b"[", b"{"))) > MAX_ROW_VALUES:
+    if has_more_values(line, MAX_ROW_VALUES):
         return RowError("too_many_values", f"the line has more than {MAX_ROW_VALUES:,} values")
     try:
         text = line.decode("utf-8")

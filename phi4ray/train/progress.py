@@ -2,7 +2,6 @@
 
 from collections import deque
 from datetime import timedelta
-from types import TracebackType
 
 from rich.console import Console
 
@@ -16,24 +15,12 @@ INTERVAL_S = 10.0
 """Between lines off a terminal."""
 
 
-class Progress:
+class Progress(LiveLine):
     """Shows points of the loss curve until the block ends."""
 
     def __init__(self, console: Console) -> None:
+        super().__init__(console, INTERVAL_S)
         self._recent: deque[tuple[float, Point]] = deque()
-        self._line = LiveLine(console, INTERVAL_S)
-
-    def __enter__(self) -> "Progress":
-        self._line.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._line.__exit__(kind, error, trace)
 
     def update(self, point: Point, now: float) -> None:
         """Take the newest point; shown at once in a terminal, else when its line is due.
@@ -46,7 +33,7 @@ class Progress:
         while len(self._recent) > 2 and self._recent[1][0] < now - WINDOW_S:
             self._recent.popleft()
         line = line_of(point, *self._rates())
-        self._line.show(line, point.step, point.steps_total, now)
+        self.show(line, point.step, point.steps_total, now)
 
     def _rates(self) -> tuple[float, float]:
         """Steps and tokens a second."""
