@@ -1,4 +1,4 @@
-"""How a replica gets to know that Serve is about to end it.
+"""How a replica gets to know that Serve is about to end it, and how it goes.
 
 Serve calls nothing of a replica's class before its last request has been answered. What it tells at
 once, to all who listen, is which replicas get requests: one that was among them and is not any more
@@ -7,12 +7,17 @@ is draining. It is told by the long poll that Serve's own handles listen to.
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 
 import ray
+from ray import serve
+from ray.exceptions import RayError
 from ray.serve._private.common import ReplicaID
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve._private.long_poll import LongPollNamespace, LongPollState
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatus
 
 RETRY_S = 1.0
 
@@ -27,7 +32,7 @@ async def follow_draining(replica: ReplicaID, drain: Callable[[bool], None]) -> 
         try:
             controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
             updates = await controller.listen_for_change.remote({key: seen})
-        except (ray.exceptions.RayError, ValueError):
+        except (RayError, ValueError):
             logger.warning("Serve's controller is away; whether this replica drains is not known")
             await asyncio.sleep(RETRY_S)
             continue
@@ -38,3 +43,30 @@ async def follow_draining(replica: ReplicaID, drain: Callable[[bool], None]) -> 
         here = any(target.replica_id == replica for target in targets)
         served = served or here
         drain(served and not here)
+
+
+async def exit_with_the_application(replica: ReplicaID) -> None:
+    """End this process when its application is deleted, however long it was to drain.
+
+    For a replica whose draining is only for an application that goes on without it.
+    """
+    leaving = asyncio.Event()
+
+    def drain(draining: bool) -> None:
+        if draining:
+            leaving.set()
+
+    following = asyncio.create_task(follow_draining(replica, drain))
+    await leaving.wait()
+    following.cancel()
+    while not await asyncio.to_thread(_deleted, replica.deployment_id.app_name):
+        await asyncio.sleep(RETRY_S)
+    os._exit(0)
+
+
+def _deleted(application: str) -> bool:
+    try:
+        found = serve.status().applications.get(application)
+    except (RayError, RayServeException):
+        return False  # Serve's controller is away, which says nothing of the application
+    return found is None or found.status == ApplicationStatus.DELETING

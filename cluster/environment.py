@@ -8,6 +8,8 @@ from collections.abc import Mapping
 SERVING: Mapping[str, str] = {
     # HAProxy in front, and each replica's own HTTP server behind it.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    # A proxy that takes its time on a busy node would be killed and begun again at 5 s.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",
     # The router looks at the beginning of a prompt.
     "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
     "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE": str(256 * 1024),

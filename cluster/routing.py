@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from cluster.draining import exit_with_the_application
 from phi4ray.demand import max_tokens_of, prompt_of
 from phi4ray.protocol import Json
 from phi4ray.serve.routing import Load, PrefixRouter, RoutingConfig
@@ -29,6 +30,8 @@ NOBODY = "none"
 # A pick takes milliseconds; one that waits, as in the moment in which a service of one replica is
 # replaced, waits better in Serve's own proxy, which has no limit to it: HAProxy has.
 PICK_TIMEOUT_S = 2
+# How long HAProxy keeps an idle connection: `keep_alive_timeout_s` of Serve's `http_options`.
+KEEP_ALIVE_S = 90
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +81,8 @@ class RoutePicker:
     async def __init__(self, replicas: DeploymentHandle) -> None:  # type: ignore[misc]
         self._handle = replicas
         self._handle._init()
+        here = serve.get_replica_context().replica_id
+        self._leaving = asyncio.create_task(exit_with_the_application(here))
 
     def __serve_build_asgi_app__(self) -> Starlette:
         """Serve calls this once, after the constructor."""
@@ -110,12 +115,22 @@ def decoded(body: bytes) -> Json:
     return value if isinstance(value, dict) else {}
 
 
-def route_picker(replicas: serve.Application) -> serve.Application:
-    """The router's deployment, to stand beside every proxy."""
+def route_picker(replicas: serve.Application, drain_timeout_s: float) -> serve.Application:
+    """The router's deployment, to stand beside every proxy.
+
+    Each deployment of the application replaces its routers and starts a new HAProxy. The old one
+    goes on with the connections that it has, knows the old routers only, and answers 503 without
+    one: it asks for the next request of a client whose stream has ended, or that had paused. So an
+    old router stays for as long as a stream may last, and a connection may be idle after it.
+    """
+    linger_s = drain_timeout_s + KEEP_ALIVE_S
     return serve.deployment(
         serve.ingress()(RoutePicker),
         name="router",
         max_ongoing_requests=10_000,
+        max_surge_percent=100,  # the new ones are there before the old ones leave
+        graceful_shutdown_wait_loop_s=linger_s,
+        graceful_shutdown_timeout_s=linger_s + 30,
         ray_actor_options={"num_cpus": 0},
         logging_config=LoggingConfig(enable_access_log=False),
     ).bind(replicas)

@@ -173,7 +173,7 @@ def application(config: ServeConfig) -> serve.Application:
         )
     ).bind(config, *beside)
     if RAY_SERVE_ENABLE_HA_PROXY:
-        routed = routed._with_ingress_request_router(route_picker(routed))
+        routed = routed._with_ingress_request_router(route_picker(routed, config.drain_timeout_s))
     return routed
 
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -50,7 +51,6 @@ class Service:
     """Three fake replicas and more or fewer, as told, and clients that ask them."""
 
     def __init__(self) -> None:
-        self.outcomes: Counter[str] = Counter()
         self.port = 8187
         self.process = subprocess.Popen(
             [sys.executable, "-c", OPERATOR, str(self.port)],
@@ -70,14 +70,15 @@ class Service:
         self.process.stdin.flush()
         self.deployed()
 
-    def clients(self, requests: int, *, streams: bool) -> threading.Thread:
-        asked = load(f"http://127.0.0.1:{self.port}", self.outcomes, requests, streams)
+    def clients(self, requests: int, *, streams: bool) -> tuple[threading.Thread, Counter[str]]:
+        outcomes: Counter[str] = Counter()
+        asked = load(f"http://127.0.0.1:{self.port}", outcomes, requests, streams)
         clients = threading.Thread(target=asyncio.run, args=(asked,), daemon=True)
         clients.start()
-        return clients
+        return clients, outcomes
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
     found = Service()
     try:
@@ -90,18 +91,34 @@ def service() -> Iterator[Service]:
 
 
 def test_no_request_fails_while_replicas_leave_and_are_replaced(service: Service) -> None:
-    clients = service.clients(REQUESTS, streams=True)
+    clients, outcomes = service.clients(REQUESTS, streams=True)
     changes = 0
     while clients.is_alive():
         # Scale in, scale out, and a new version every other time.
         service.deploy((1, 3, 2, 3)[changes % 4], changes // 2)
         changes += 1
-    assert service.outcomes == {"ok": REQUESTS}
+    assert outcomes == {"ok": REQUESTS}
     assert changes >= 4
 
 
+def test_a_client_that_paused_finds_the_service_that_was_deployed_meanwhile(
+    service: Service,
+) -> None:
+    with httpx.Client(
+        base_url=f"http://127.0.0.1:{service.port}",
+        timeout=60,
+        limits=httpx.Limits(keepalive_expiry=60),  # it asks on the connection that it has
+    ) as client:
+        body = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
+        client.post("/v1/chat/completions", json=body).raise_for_status()
+        service.deploy(3, 99)
+        time.sleep(8)  # until what was told to leave has left, but for what it may still ask
+        client.post("/v1/chat/completions", json=body).raise_for_status()
+
+
 def test_what_a_killed_replica_has_not_answered_another_one_does(service: Service) -> None:
-    clients = service.clients(3000, streams=False)
+    service.deploy(3, 100)
+    clients, outcomes = service.clients(3000, streams=False)
     killed = 0
     while clients.is_alive():
         time.sleep(3)
@@ -114,4 +131,4 @@ def test_what_a_killed_replica_has_not_answered_another_one_does(service: Servic
             replicas[killed % 3].kill()
             killed += 1
     assert killed >= 2
-    assert service.outcomes == {"ok": 3000}
+    assert outcomes == {"ok": 3000}
