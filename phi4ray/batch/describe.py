@@ -1,13 +1,14 @@
 """What `--dry-run` prints: the plan in figures, how the engine fits, and what the job may cost."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from phi4ray import memory
 from phi4ray.batch.plan import Plan
-from phi4ray.config import BatchConfig
+from phi4ray.config import BatchConfig, EngineConfig
 from phi4ray.errors import ConfigError
 from phi4ray.fit import needs_no_plan
 from phi4ray.gpus import GIB
@@ -32,12 +33,36 @@ def describe_plan(config: BatchConfig, plan: Plan, console: Console, cards: Sequ
     if len(plan.inputs) > SHOWN_FILES:
         console.print(f"  and {len(plan.inputs) - SHOWN_FILES:,} more files")
     for card in cards or (None,):
-        if (reason := not_planned(config, card)) or card is None:
-            console.print(f"memory not planned: {reason}")
-        else:
-            console.print(_table(f"memory of one GPU ({card})", memory_lines(config, card)))
-            console.print(_table(f"the job ({card}), by estimate", job_lines(config, plan, card)))
+        try:
+            fit = fit_on(config.engine, card)
+        except ConfigError as error:
+            console.print(f"memory not planned: {error}")
+            continue
+        console.print(_table(f"memory of one GPU ({card})", memory_lines(fit)))
+        console.print(_table(f"the job ({card}), by estimate", job_lines(config, plan, fit)))
     console.print("dry run: nothing was written")
+
+
+class Fit(NamedTuple):
+    """An engine on a card, and where the memory of that card goes."""
+
+    card: str
+    placement: memory.Placement
+    budget: memory.MemoryPlan
+
+
+def fit_on(engine: EngineConfig, card: str | None) -> Fit:
+    """Plan the memory of an engine on a card.
+
+    Raises:
+        ConfigError: why it cannot be planned.
+    """
+    if reason := needs_no_plan(engine):
+        raise ConfigError(reason)
+    if card is None:
+        raise ConfigError("no GPU is known: name one with --gpu, as h200")
+    placement = memory.place_engine(engine, card)
+    return Fit(card, placement, memory.budget(placement))
 
 
 def plan_lines(config: BatchConfig, plan: Plan) -> list[tuple[str, str]]:
@@ -61,14 +86,9 @@ def plan_lines(config: BatchConfig, plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
-def memory_lines(config: BatchConfig, card: str) -> list[tuple[str, str]]:
-    """Where the memory of one GPU goes; where that is not enough, why not.
-
-    Raises:
-        ConfigError: it cannot be planned (see `not_planned`).
-    """
-    placement = memory.place_engine(config.engine, card)
-    plan = memory.budget(placement)
+def memory_lines(fit: Fit) -> list[tuple[str, str]]:
+    """Where the memory of one GPU goes; where that is not enough, why not."""
+    placement, plan = fit.placement, fit.budget
     gib = {
         "total": plan.total_bytes,
         "usable": plan.usable_bytes,
@@ -87,14 +107,13 @@ def memory_lines(config: BatchConfig, card: str) -> list[tuple[str, str]]:
     return lines
 
 
-def job_lines(config: BatchConfig, plan: Plan, card: str) -> list[tuple[str, str]]:
+def job_lines(config: BatchConfig, plan: Plan, fit: Fit) -> list[tuple[str, str]]:
     """Hours, GPU hours and cost of the rows by the replica's roofline, engines' start included.
 
     From answers of one token each to answers as long as `max_tokens` lets them be; where nothing
     limits them, the latter is not known.
     """
-    placement = memory.place_engine(config.engine, card)
-    budget = memory.budget(placement)
+    placement, budget = fit.placement, fit.budget
     if not plan.rows or not budget.fits:
         return [("not estimated", "there are no rows" if budget.fits else "it does not fit")]
     prompt = plan.prompt_bytes // CHARS_PER_TOKEN // plan.rows
@@ -102,7 +121,7 @@ def job_lines(config: BatchConfig, plan: Plan, card: str) -> list[tuple[str, str
     limit = _answer_limit(config)
     longest = None if limit is None else max(1, min(limit, budget.max_model_len - prompt))
     replicas = config.max_replicas or config.min_replicas
-    roofline = roofline_of(placement, card)
+    roofline = roofline_of(placement, fit.card)
 
     def job(answer: int) -> JobEstimate:
         work = Workload(prompt_tokens=prompt, completion_tokens=answer)
@@ -128,19 +147,6 @@ def job_lines(config: BatchConfig, plan: Plan, card: str) -> list[tuple[str, str
     if costs := [one.cost for one in jobs if one.cost is not None]:
         lines.append(("cost", span(costs)))
     return lines
-
-
-def not_planned(config: BatchConfig, card: str | None) -> str | None:
-    """Why the memory of this job's engine on a card cannot be planned; None if it can."""
-    if reason := needs_no_plan(config.engine):
-        return reason
-    if card is None:
-        return "no GPU is known: name one with --gpu, as h200"
-    try:
-        memory.budget(memory.place_engine(config.engine, card))
-    except ConfigError as error:
-        return str(error)
-    return None
 
 
 def _answer_limit(config: BatchConfig) -> int | None:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from phi4ray.batch.describe import describe_plan, job_lines, memory_lines, not_planned
+from phi4ray.batch.describe import describe_plan, fit_on, job_lines, memory_lines
 from phi4ray.batch.plan import Input, Plan, Shard, Slice, make_plan
 from phi4ray.config import BatchConfig, batch_config
+from phi4ray.errors import ConfigError
 from phi4ray.storage import join, storage_for
 from phi4ray.train.tiny import make_dummy_model
 
@@ -27,6 +28,14 @@ def planned(rows: int = 10, row_bytes: int = 10) -> Plan:
         {}, [Input(uri="in", size=piece.size, etag="e")], [Shard(index=0, slices=(piece,))],
         carried="", prompt_bytes=piece.size, duplicate_ids=0, duplicate_example=None,
     )  # fmt: skip
+
+
+def memory(config: BatchConfig, card: str = "h200") -> dict[str, str]:
+    return dict(memory_lines(fit_on(config.engine, card)))
+
+
+def estimate(config: BatchConfig, plan: Plan, card: str = "h200") -> dict[str, str]:
+    return dict(job_lines(config, plan, fit_on(config.engine, card)))
 
 
 def described(config: BatchConfig, *cards: str) -> str:
@@ -50,7 +59,6 @@ def described(config: BatchConfig, *cards: str) -> str:
 def test_a_job_that_cannot_be_planned_is_told_why(
     engine: dict[str, Any], card: str | None, reason: str
 ) -> None:
-    assert reason in str(not_planned(job(**engine), card))
     said = described(job(**engine), *([card] if card else []))
     assert "memory not planned: " in said
     assert reason in said
@@ -63,9 +71,10 @@ def test_a_model_in_the_object_store_is_planned_by_its_own_config(
     make_dummy_model(tmp_path / "model", "microsoft/phi-4")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     uri = join(s3_prefix, "config.json")
-    assert "is not known here" in str(not_planned(job(model=s3_prefix), "h200"))
+    with pytest.raises(ConfigError, match="is not known here"):
+        memory(job(model=s3_prefix))
     storage_for(uri).write(uri, json.dumps(config).encode())
-    assert memory_lines(job(model=s3_prefix), "h200") == memory_lines(job(), "h200")
+    assert memory(job(model=s3_prefix)) == memory(job())
 
 
 def test_memory_is_shown_for_every_kind_of_card() -> None:
@@ -77,14 +86,14 @@ def test_memory_is_shown_for_every_kind_of_card() -> None:
 
 
 def test_a_lack_that_rests_on_estimates_is_told() -> None:
-    lines = dict(memory_lines(job(max_num_batched_tokens=131072), "a100-40"))
+    lines = memory(job(max_num_batched_tokens=131072), "a100-40")
     assert lines["by estimate"].startswith("it does not fit: ")
-    assert "by estimate" not in dict(memory_lines(job(), "h200"))
+    assert "by estimate" not in memory(job())
 
 
 def test_the_multimodal_model_is_planned_with_its_encoders() -> None:
     def weights(model: str) -> float:
-        lines = dict(memory_lines(job(model=model), "h200"))
+        lines = memory(job(model=model))
         return float(lines["weights (bf16)"].removesuffix(" GiB"))
 
     multimodal, decoder = (weights(f"microsoft/Phi-4-{n}-instruct") for n in ("multimodal", "mini"))
@@ -92,7 +101,7 @@ def test_the_multimodal_model_is_planned_with_its_encoders() -> None:
 
 
 def hours(config: BatchConfig, plan: Plan, name: str = "hours") -> list[float]:
-    said = dict(job_lines(config, plan, "h200"))[name]
+    said = estimate(config, plan)[name]
     return [float(figure.replace(",", "")) for figure in re.findall(r"[\d,.]+\d", said)]
 
 
@@ -106,7 +115,7 @@ def test_hours_reach_from_short_answers_to_the_longest_that_the_job_allows() -> 
 
 
 def test_without_a_limit_only_the_least_is_known() -> None:
-    lines = dict(job_lines(job(), planned(), "h200"))
+    lines = estimate(job(), planned())
     assert lines["hours"].endswith(" and more")
     assert "set max_tokens" in lines["tokens of an answer"]
 
@@ -119,15 +128,15 @@ def test_more_replicas_take_less_time_and_a_price_makes_a_cost() -> None:
     assert hours(config, plan)[1] == pytest.approx(one / 4, rel=0.02)
     gpu_hours, cost = hours(config, plan, "GPU hours")[1], hours(config, plan, "cost")[1]
     assert cost == pytest.approx(2.5 * gpu_hours, rel=0.01)
-    assert "cost" not in dict(job_lines(job(settings), plan, "h200"))
+    assert "cost" not in estimate(job(settings), plan)
 
 
 def test_answers_are_never_longer_than_the_context_leaves_room_for() -> None:
     config = job({"sampling": {"max_tokens": 9000}}, max_model_len=1000)
-    lines = dict(job_lines(config, planned(row_bytes=2400), "h200"))
+    lines = estimate(config, planned(row_bytes=2400))
     assert lines["tokens of an answer"] == "1 to 400"
 
 
 def test_no_rows_and_no_room_have_no_estimate() -> None:
-    assert job_lines(job(), planned(rows=0), "h200") == [("not estimated", "there are no rows")]
-    assert job_lines(job(), planned(), "l4-24") == [("not estimated", "it does not fit")]
+    assert estimate(job(), planned(rows=0)) == {"not estimated": "there are no rows"}
+    assert estimate(job(), planned(), "l4-24") == {"not estimated": "it does not fit"}
