@@ -13,11 +13,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
@@ -25,6 +23,7 @@ import pytest
 
 from phi4ray.train.tiny import make_tiny_model
 from tests.manifests import ROOT, Object, container, of_kind, quantity
+from tests.waiting import until
 
 UNSHARE = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "-r"]
 needs_namespaces = pytest.mark.skipif(
@@ -233,7 +232,7 @@ class Cluster:
         try:
             for pod, options in ((self.head, ["--head"]), (self.worker, [f"--address={ADDRESS}"])):
                 processes.append(pod.start("ray", "start", *options, *ray_start(pod)))
-                until(120, partial(pod.passes, "livenessProbe"), pod.log)
+                until(partial(pod.passes, "livenessProbe"), 120, pod.log)
             yield
         finally:
             for process in processes:
@@ -263,12 +262,3 @@ def ray_start(pod: Pod) -> list[str]:
         "node-ip-address": pod.ip,
     }
     return [f"--{name}={value}" for name, value in options.items()] + ["--block"]
-
-
-def until(seconds: float, done: Callable[[], Any], log: Callable[[], str]) -> Any:
-    """Wait for something; gives what it gave."""
-    deadline = time.monotonic() + seconds
-    while not (found := done()):
-        assert time.monotonic() < deadline, log()
-        time.sleep(0.3)
-    return found

@@ -5,13 +5,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
 import pytest
 
 from phi4ray.train.tiny import make_tiny_model
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 PORT = 8188
@@ -66,12 +66,6 @@ class Service:
                 return int(line.split()[1])
         raise AssertionError("the service ended")
 
-    def wait_for(self, replicas: int, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while self.replicas() != replicas:
-            assert time.monotonic() < deadline, f"never {replicas} replicas"
-            time.sleep(0.5)
-
     def stop(self) -> None:
         try:
             self._process.communicate(timeout=60)  # closes its stdin, which ends it
@@ -108,9 +102,9 @@ def test_replicas_come_with_load_and_go_without_it(tmp_path: Path) -> None:
         await clients
 
     try:
-        service.wait_for(1, 240)
+        until(lambda: service.replicas() == 1, 240)
         asyncio.run(under_load())
-        service.wait_for(1, 120)
+        until(lambda: service.replicas() == 1, 120)
     finally:
         service.stop()
     assert len(outcomes) > 40

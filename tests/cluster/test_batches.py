@@ -1,14 +1,11 @@
 """The Batch API of a deployed application, through the unmodified openai client over HTTP."""
 
 import os
-import socket
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 import yaml
@@ -26,6 +23,7 @@ from tests.batch_service import (
     upload,
     wait,
 )
+from tests.waiting import free_port, reached, until
 
 ROOT = Path(__file__).parents[2]
 ROWS = 600
@@ -53,32 +51,26 @@ def command(tmp_path: Path, s3_prefix: str) -> list[str]:
 def started(command: list[str], log: Path) -> Iterator[tuple[str, psutil.Popen]]:
     """The application; when the block ends, everything of it is killed at once."""
     port = free_port()
+    url = f"http://127.0.0.1:{port}"
+
+    def said() -> str:
+        return log.read_text(errors="replace")[-5000:]
+
     with log.open("wb") as stream:
         server = psutil.Popen(
             [*command, "--port", str(port)],
             cwd=ROOT, stdout=stream, stderr=stream, env=dict(os.environ),
         )  # fmt: skip
         try:
-            deadline = time.monotonic() + 120
-            while not ready(f"http://127.0.0.1:{port}"):
-                said = log.read_text(errors="replace")
-                assert server.poll() is None, said[-5000:]
-                assert time.monotonic() < deadline, said[-5000:]
-                time.sleep(0.3)
-            yield f"http://127.0.0.1:{port}", server
+            until(lambda: reached(f"{url}/ready") or server.poll() is not None, 120, said)
+            assert server.poll() is None, said()
+            yield url, server
         finally:
             family = [*server.children(recursive=True), server]
             for process in family:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
             psutil.wait_procs(family, 30)
-
-
-def ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/ready").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def test_a_batch_survives_the_death_of_its_runner_and_of_the_whole_application(
@@ -117,9 +109,3 @@ def runner(server: psutil.Popen) -> psutil.Process:
         if "ServeReplica:phi4:batches" in " ".join(process.cmdline())
     )
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

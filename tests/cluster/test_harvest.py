@@ -6,7 +6,7 @@ import io
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from phi4ray.train.tiny import make_tiny_model
 from tests.cluster_service import Service
 from tests.online_load import load
 from tests.small_jobs import prompts, write_lines
+from tests.waiting import until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -101,13 +102,6 @@ def test_online_load_and_a_batch_job_while_replicas_are_killed(
 
 
 SLOW = {**FAKES, "engine": {**FAKES["engine"], "engine_args": {"latency_s": 12}}}
-
-
-def until(done: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 @pytest.mark.parametrize("service", [SLOW], indirect=True, ids=["slow"])

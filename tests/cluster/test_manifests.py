@@ -23,7 +23,8 @@ from tests.manifests import (
     overlay,
     with_values,
 )
-from tests.pods import DASHBOARD, HEAD, TOKEN, WORKER, Cluster, build_image, needs_namespaces, until
+from tests.pods import DASHBOARD, HEAD, TOKEN, WORKER, Cluster, build_image, needs_namespaces
+from tests.waiting import until
 
 pytestmark = [pytest.mark.cluster, needs_kustomize, needs_namespaces, pytest.mark.timeout(600)]
 
@@ -101,8 +102,8 @@ def test_the_application_of_a_rayservice_answers_a_chat(image: Path, tmp_path: P
         assert cluster.worker.passes("livenessProbe")
         # As KubeRay deploys it.
         dashboard.put("/api/serve/applications/", json=deployed).raise_for_status()
-        until(240, lambda: status() == "RUNNING", cluster.worker.log)
-        until(30, lambda: cluster.worker.passes("readinessProbe"), cluster.worker.log)
+        until(lambda: status() == "RUNNING", 240, cluster.worker.log)
+        until(lambda: cluster.worker.passes("readinessProbe"), 30, cluster.worker.log)
         body = {
             "model": "microsoft/phi-4", "max_tokens": 8,
             "messages": [{"role": "user", "content": "Hello"}],

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from phi4ray import exporter
 from phi4ray.serve.tenants import new_key
 from phi4ray.train.tiny import make_tiny_model
 from tests.promql import FOLDER, Selector, expressions, panels, rules, selectors
+from tests.waiting import free_port, reached, until
 
 HOST = get_node_ip_address()  # where the cluster's processes listen
 ROOT = Path(__file__).parents[2]
@@ -67,27 +67,6 @@ class Running:
         return answer.status_code
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def until(seconds: float, what: str, done: Any) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := done()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.5)
-    return found
-
-
-def reached(url: str) -> bool:
-    try:
-        return httpx.get(url).is_success
-    except httpx.TransportError:
-        return False
-
-
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A service with a real engine that was asked, and a job in its middle."""
@@ -119,13 +98,13 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             started.append(spawn(serving(folder, http, {n: one[1] for n, one in keys.items()})))
             started.append(spawn(job(folder)))
             url = f"http://127.0.0.1:{http}"
-            until(240, log.name, lambda: reached(f"{url}/ready") or started[0].poll())
+            until(lambda: reached(f"{url}/ready") or started[0].poll() is not None, 240)
             assert started[0].poll() is None, (folder / "log").read_text(errors="replace")[-5000:]
             rays = Page("phi4ray-ray", f"127.0.0.1:{ray}")
             # Ray tells what its processes measure only now and then.
             for name in ("batch_rows_total", "desired_replicas", "replicas_bound"):
-                until(90, log.name, functools.partial(has, rays, f"ray_phi4ray_{name}"))
-            until(90, log.name, lambda: has(rays, "ray_serve_deployment_replica_healthy"))
+                until(functools.partial(has, rays, f"ray_phi4ray_{name}"), 90)
+            until(lambda: has(rays, "ray_serve_deployment_replica_healthy"), 90)
             replicas = [
                 Page("phi4ray-replica", f"{HOST}:{port}")
                 for port in exporter.PORTS
@@ -234,14 +213,14 @@ def test_prometheus_evaluates_every_expression(running: Running, tmp_path: Path)
 
     recorded = [rule["record"] for rule in rules() if "record" in rule]
     try:
-        until(30, "Prometheus", lambda: reached(f"http://127.0.0.1:{port}/-/ready"))
-        until(60, "a scrape of every page", lambda: len(query("up == 1")) == len(running.pages))
+        until(lambda: reached(f"http://127.0.0.1:{port}/-/ready"), 30)
+        until(lambda: len(query("up == 1")) == len(running.pages), 60)
 
         def shares() -> bool:
             assert running.ask("good", stream=True) == 200
             return all(query(f"{name} >= 0") for name in recorded)
 
-        until(60, "shares of bad events", shares)
+        until(shares, 60)
         for rule in rules():
             query(rule["expr"])
         # Nothing failed at the server, and nobody was turned away for want of room.

@@ -20,17 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 
 from phi4ray.train.tiny import make_tiny_model
+from tests.waiting import free_port, reached, until
 
 ROOT = Path(__file__).parents[2]
 MODEL = "phi-4"
 PAGE = "https://chat.example.com"
 pytestmark = [pytest.mark.cluster, pytest.mark.engine, pytest.mark.timeout(600)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -49,27 +44,20 @@ def base_url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "enable_auto_tool_choice=true", f'allowed_origins=["{PAGE}"]',
     ]  # fmt: skip
     url = f"http://127.0.0.1:{port}"
+
+    def said() -> str:
+        return (folder / "log").read_text(errors="replace")[-5000:]
+
     with (folder / "log").open("wb") as log:
         environment = os.environ | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2"}
         server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         try:
-            deadline = time.monotonic() + 300
-            while not ready(url):
-                said = (folder / "log").read_text(errors="replace")
-                assert server.poll() is None, said[-5000:]
-                assert time.monotonic() < deadline, said[-5000:]
-                time.sleep(0.5)
+            until(lambda: reached(f"{url}/ready") or server.poll() is not None, 300, said)
+            assert server.poll() is None, said()
             yield url
         finally:
             server.send_signal(signal.SIGINT)
-            assert server.wait(120) == 0, (folder / "log").read_text(errors="replace")[-5000:]
-
-
-def ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/ready").status_code == 200
-    except httpx.TransportError:
-        return False
+            assert server.wait(120) == 0, said()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """To zero and back: without requests no replica runs, and the first one is held, not failed."""
 
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 
 from tests.cluster_service import Service
 from tests.small_jobs import prompts, write_lines
+from tests.waiting import until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -36,20 +36,13 @@ def service(request: pytest.FixtureRequest) -> Iterator[Service]:
     found.stop()
 
 
-def wait_for(service: Service, replicas: int, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while len(service.replicas()) != replicas:
-        assert time.monotonic() < deadline, f"there are {len(service.replicas())} replicas"
-        time.sleep(0.5)
-
-
 @pytest.mark.parametrize("service", [CONFIG], indirect=True, ids=["default"])
 def test_the_first_request_waits_for_the_first_replica_and_the_last_goes_after_silence(
     service: Service,
 ) -> None:
     body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
     for _ in range(2):
-        wait_for(service, 0, 90)
+        until(lambda: not service.replicas(), 90)
         found = httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=90)
         assert found.status_code == 200, found.text
         assert found.json()["choices"][0]["message"]["content"].startswith("fake:")
@@ -67,20 +60,20 @@ def batch(service: Service, folder: Path) -> "subprocess.Popen[str]":
 def test_a_batch_job_starts_the_first_replica_within_its_budget(
     service: Service, tmp_path: Path
 ) -> None:
-    wait_for(service, 0, 90)
+    until(lambda: not service.replicas(), 90)
     job = batch(service, tmp_path)
     said = job.communicate(timeout=120)[0]
     assert job.returncode == 0, said
     assert "no replica of 'phi4' runs: rows wait for the one that is being started" in said
     assert "rows 20/20 (100%)" in said
-    wait_for(service, 0, 90)
+    until(lambda: not service.replicas(), 90)
 
 
 @pytest.mark.parametrize("service", [CONFIG], indirect=True, ids=["none"])
 def test_a_batch_job_without_a_budget_says_that_it_waits_for_an_online_request(
     service: Service, tmp_path: Path
 ) -> None:
-    wait_for(service, 0, 90)
+    until(lambda: not service.replicas(), 90)
     job = batch(service, tmp_path)
     assert job.stdout is not None
     assert any("batch_replicas" in line for line in job.stdout)

@@ -28,6 +28,7 @@ from phi4ray.serve.meter import Usage
 from phi4ray.serve.observe import Observe
 from phi4ray.serve.state import State
 from phi4ray.serve.tenants import digest
+from tests.waiting import until
 
 CHAT = "/v1/chat/completions"
 KEY = {"authorization": "Bearer secret"}
@@ -543,18 +544,11 @@ def listening(gate: Gate) -> Iterator[uvicorn.Server]:
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        wait_for(lambda: server.started)
+        until(lambda: server.started)
         yield server
     finally:
         server.should_exit = True
         thread.join()
-
-
-def wait_for(what: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def connected(server: uvicorn.Server, *fields: str) -> socket.socket:
@@ -583,8 +577,8 @@ def test_a_client_that_hangs_up_while_it_sends_costs_its_tenant_nothing(tmp_path
     with listening(gate) as server:
         with connected(server, "content-length: 1000") as connection:
             connection.sendall(HELLO)
-            wait_for(lambda: server.server_state.tasks)
-        wait_for(lambda: not server.server_state.tasks)
+            until(lambda: server.server_state.tasks)
+        until(lambda: not server.server_state.tasks)
         with connected(server, f"content-length: {len(HELLO)}") as connection:
             connection.sendall(HELLO)
             assert connection.recv(64).startswith(b"HTTP/1.1 200")
@@ -608,5 +602,5 @@ def test_a_client_that_hangs_up_in_the_stream_gives_its_place_back(tmp_path: Pat
                 connection.sendall(HELLO)
                 assert connection.recv(64).startswith(b"HTTP/1.1 200")
                 places.append(running(gate))
-            wait_for(lambda: running(gate) == 0)
+            until(lambda: running(gate) == 0)
     assert places == [1, 1]

@@ -20,6 +20,7 @@ from phi4ray.fake import FakeReplica
 from phi4ray.serve.app import OnlineApp
 from phi4ray.serve.config import serve_config
 from phi4ray.serve.tenants import digest
+from tests.waiting import until
 
 CHAT = "/v1/chat/completions"
 HELLO = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
@@ -253,22 +254,15 @@ def send_chat(port: int, **body: Any) -> socket.socket:
     return connection
 
 
-def wait_for(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_a_client_that_hangs_up_frees_its_tokens_or_its_place_in_the_queue() -> None:
     app = online({"latency_s": 2, "kv_cache_size_tokens": 100})
     with listening(app) as port:
         running = send_chat(port, max_tokens=90)
-        wait_for(lambda: app.admission.running == 1)
+        until(lambda: app.admission.running == 1)
         waiting = send_chat(port, max_tokens=90)
-        wait_for(lambda: app.admission.queued == 1)
+        until(lambda: app.admission.queued == 1)
         waiting.close()
-        wait_for(lambda: app.admission.queued == 0)
+        until(lambda: app.admission.queued == 0)
         assert app.admission.running == 1
         running.close()
 
@@ -280,7 +274,7 @@ def test_a_stream_that_is_given_up_frees_its_tokens() -> None:
         assert stream.recv(16).startswith(b"HTTP/1.1 200")
         assert app.admission.running == 1
         stream.close()
-        wait_for(lambda: app.admission.running == 0)
+        until(lambda: app.admission.running == 0)
 
 
 def test_a_body_that_grows_too_large_is_cut_off_while_it_comes() -> None:

@@ -1,0 +1,34 @@
+"""What tests wait for: something that comes true, a server that answers, a port that is free."""
+
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+
+
+def until(
+    done: Callable[[], Any], seconds: float = 120, log: Callable[[], str] = lambda: "in vain"
+) -> Any:
+    """Wait for something that is true, and give it; `log` says what happened instead."""
+    deadline = time.monotonic() + seconds
+    while not (found := done()):
+        assert time.monotonic() < deadline, log()
+        time.sleep(0.1)
+    return found
+
+
+def reached(url: str) -> bool:
+    """Whether a server answers there, with success."""
+    try:
+        return httpx.get(url).is_success
+    except httpx.TransportError:
+        return False
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
