@@ -14,6 +14,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     "cpu": _CPU,
     # One of 170 million parameters, whose steps take long enough to be what a service waits for.
     "cpu-170m": _CPU,
+    # Phi-4-mini at full size: what a service on a CPU would really have.
+    "cpu-mini": _CPU | {"load_format": "dummy", "max_num_seqs": 16},
     "h200": {
         "load_format": "dummy",
         "quantization": "fp8",
@@ -27,11 +29,13 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 
 def make_model(engine: str, folder: Path) -> str:
-    """A small model, or on a GPU the shape of the full one, whose weights vLLM makes up."""
+    """A small model, or the shape of a full one, whose weights vLLM makes up."""
     from phi4ray.train.tiny import make_dummy_model, make_tiny_model
 
     if engine == "h200":
         make_dummy_model(folder, "microsoft/phi-4")
+    elif engine == "cpu-mini":
+        make_dummy_model(folder, "microsoft/Phi-4-mini-instruct")
     elif engine == "cpu-170m":
         make_tiny_model(folder, hidden_size=1024, num_hidden_layers=12)
     else:

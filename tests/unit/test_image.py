@@ -29,11 +29,12 @@ def pinned(target: str) -> dict[str, str]:
     return dict(re.findall(r"^([a-z0-9.-]+)==(\S+)$", text, re.MULTILINE))
 
 
-@pytest.mark.parametrize("target", ["gpu", "cpu"])
-def test_the_image_has_all_that_the_package_requires(target: str) -> None:
+@pytest.mark.parametrize(("target", "extras"), [("gpu", ("gpu", "stream")), ("cpu", ("cpu",))])
+def test_the_image_has_all_that_the_package_requires(target: str, extras: tuple[str, ...]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     versions = pinned(target)
-    for line in (*project["dependencies"], *project["optional-dependencies"][target]):
+    optional = [line for extra in extras for line in project["optional-dependencies"][extra]]
+    for line in (*project["dependencies"], *optional):
         requirement = Requirement(line)
         assert requirement.specifier.contains(versions[requirement.name]), line
 
