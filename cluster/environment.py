@@ -1,11 +1,19 @@
 """What the processes of a cluster need in their environment. Imports nothing of Ray's.
 
-Ray Serve reads these when it is imported: set them where a cluster's nodes are started.
+Ray and Ray Serve read these when they start: set them where a cluster's nodes are started.
 """
 
 from collections.abc import Mapping
 
+NODES: Mapping[str, str] = {
+    # Ray lets its workers, and so the engines in them, give way to every other process (15). An
+    # engine that waits for a core costs more than whatever it gives way to.
+    "RAY_worker_niceness": "0",
+}
+"""For all clusters."""
+
 SERVING: Mapping[str, str] = {
+    **NODES,
     # HAProxy in front, and each replica's own HTTP server behind it.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     # A proxy that takes its time on a busy node would be killed and begun again at 5 s.
