@@ -18,6 +18,8 @@ from phi4ray.train.tiny import make_tiny_model
 from tests.fault_proxy import Exchange, FaultProxy, fault_proxy
 from tests.tiny_engines import tiny_engine
 
+pytestmark = pytest.mark.slow
+
 WEIGHT = os.urandom(2 * PIECE_BYTES + 1)
 FILES = {"config.json": b"{}", "empty": b"", "model.safetensors": WEIGHT}
 

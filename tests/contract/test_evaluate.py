@@ -24,6 +24,8 @@ from phi4ray.train.evaluate import EvaluateConfig, Report, evaluate, read_report
 from phi4ray.train.tiny import make_tiny_model
 from tests.tiny_engines import tiny_engine
 
+pytestmark = pytest.mark.slow
+
 DOCUMENTS = 24
 
 

@@ -11,6 +11,8 @@ from phi4ray.errors import ObjectNotFoundError
 from phi4ray.storage import join, storage_for
 from phi4ray.storage.s3 import S3Storage
 
+pytestmark = pytest.mark.slow
+
 SIZES = [0, 1, 1000, (5 << 20) - 1, 5 << 20, (5 << 20) + 1, 13 << 20]
 
 

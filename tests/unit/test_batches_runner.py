@@ -26,6 +26,8 @@ from tests.batch_service import (
     wait,
 )
 
+pytestmark = pytest.mark.slow
+
 SLOW = {"latency_s": 0.2}
 
 

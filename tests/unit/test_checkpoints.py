@@ -8,6 +8,8 @@ import pytest
 from phi4ray.storage import join, storage_for
 from phi4ray.train.checkpoints import checkpoints, last_checkpoint, prune, seal, upload
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

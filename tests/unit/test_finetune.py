@@ -20,6 +20,8 @@ from phi4ray.train.host import InProcessHost
 from tests.chat_models import SUMS, small_finetune
 from tests.small_jobs import write_lines
 
+pytestmark = pytest.mark.slow
+
 
 def run(config: FinetuneConfig, console: Console | None = None) -> FinetuneSummary:
     return finetune(config, InProcessHost(), console or Console(file=io.StringIO()))

@@ -82,6 +82,7 @@ def test_a_training_library_has_one_importer(package: str, module: str) -> None:
     assert importers(package, *PRODUCT) == {module}
 
 
+@pytest.mark.slow
 def test_what_imports_them_is_imported_only_where_it_is_used() -> None:
     drivers = (
         "phi4ray.train.finetune",

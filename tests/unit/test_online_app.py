@@ -254,6 +254,7 @@ def send_chat(port: int, **body: Any) -> socket.socket:
     return connection
 
 
+@pytest.mark.slow
 def test_a_client_that_hangs_up_frees_its_tokens_or_its_place_in_the_queue() -> None:
     app = online({"latency_s": 2, "kv_cache_size_tokens": 100})
     with listening(app) as port:

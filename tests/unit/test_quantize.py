@@ -28,6 +28,8 @@ from phi4ray.train.scheme import QuantizeConfig, Quantized
 from phi4ray.train.scores import Measured, Report, Score, compare_samples
 from phi4ray.train.tiny import make_tiny_model
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 RESULT = Quantized(

@@ -198,6 +198,7 @@ def test_a_job_runs_on_the_replicas_of_a_service(
     assert {body["priority"] for body in bodies} == {BATCH_PRIORITY}
 
 
+@pytest.mark.slow
 def test_each_row_is_answered_once_while_replicas_come_go_and_are_busy(
     tmp_path: Path, fleet: Callable[..., Fleet]
 ) -> None:
@@ -315,6 +316,7 @@ def test_a_replica_is_not_given_more_rows_than_its_engine_has_places(
     assert on.replicas[0].engine.most == 10  # eight, and a quarter more that wait in the engine
 
 
+@pytest.mark.slow
 def test_two_jobs_share_the_replicas(tmp_path: Path, fleet: Callable[..., Fleet]) -> None:
     async def scenario(on: Fleet) -> None:
         on.start(latency_s=0.01)
@@ -331,6 +333,7 @@ def test_two_jobs_share_the_replicas(tmp_path: Path, fleet: Callable[..., Fleet]
     assert len(answers(large)) == 2000
 
 
+@pytest.mark.slow
 def test_a_job_that_is_stopped_keeps_the_rows_that_are_answered(
     tmp_path: Path, fleet: Callable[..., Fleet]
 ) -> None:
