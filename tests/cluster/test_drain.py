@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.online_load import load
+from tests.online_load import AT_ONCE, load
 
 ROOT = Path(__file__).parents[2]
 REQUESTS = 10_000
@@ -132,7 +132,7 @@ def test_what_a_killed_replica_has_not_answered_another_one_does(service: Servic
             replicas[killed % 3].kill()
             killed += 1
     assert killed >= 2
-    # What each one was answering HAProxy asks others; but what had come to it by way of Serve's own
-    # proxy, as in the seconds of a change, gets an error.
+    # Each one was answering a third of the clients. HAProxy asks others for them; but what had come
+    # by way of Serve's own proxy, or to the only one that an old HAProxy knows, gets an error.
     assert sum(outcomes.values()) == 3000
-    assert 3000 - outcomes["ok"] <= 2 * killed, outcomes
+    assert 3000 - outcomes["ok"] <= killed * AT_ONCE // 9, outcomes
