@@ -8,12 +8,12 @@ is draining. It is told by the long poll that Serve's own handles listen to.
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve._private.common import ReplicaID
+from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve._private.long_poll import LongPollNamespace, LongPollState
 from ray.serve.exceptions import RayServeException
@@ -26,8 +26,32 @@ logger = logging.getLogger(__name__)
 
 async def follow_draining(replica: ReplicaID, drain: Callable[[bool], None]) -> None:
     """Tell `drain` whether this replica is draining, from now on and for as long as it lives."""
-    key = (LongPollNamespace.DEPLOYMENT_TARGETS, replica.deployment_id)
-    seen, served = -1, False
+    served = False
+    async for running in _running_replicas(replica.deployment_id):
+        served = served or replica in running
+        drain(served and replica not in running)
+
+
+async def exit_with_the_application(replica: ReplicaID) -> None:
+    """End this process when its application is deleted, however long it was to drain.
+
+    For a replica whose draining is only for an application that goes on without it. Serve is not
+    asked before it has told that none of the deployment's replicas gets requests any more.
+    """
+    served = False
+    async for running in _running_replicas(replica.deployment_id):
+        served = served or replica in running
+        if served and not running:
+            break
+    while not await asyncio.to_thread(_deleted, replica.deployment_id.app_name):
+        await asyncio.sleep(RETRY_S)
+    os._exit(0)
+
+
+async def _running_replicas(deployment: DeploymentID) -> AsyncIterator[set[ReplicaID]]:
+    """Which replicas get requests, whenever that changes; without end."""
+    key = (LongPollNamespace.DEPLOYMENT_TARGETS, deployment)
+    seen = -1
     while True:
         try:
             controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
@@ -39,29 +63,7 @@ async def follow_draining(replica: ReplicaID, drain: Callable[[bool], None]) -> 
         if updates is LongPollState.TIME_OUT or key not in updates:
             continue
         seen = updates[key].snapshot_id
-        targets = updates[key].object_snapshot.running_replicas
-        here = any(target.replica_id == replica for target in targets)
-        served = served or here
-        drain(served and not here)
-
-
-async def exit_with_the_application(replica: ReplicaID) -> None:
-    """End this process when its application is deleted, however long it was to drain.
-
-    For a replica whose draining is only for an application that goes on without it.
-    """
-    leaving = asyncio.Event()
-
-    def drain(draining: bool) -> None:
-        if draining:
-            leaving.set()
-
-    following = asyncio.create_task(follow_draining(replica, drain))
-    await leaving.wait()
-    following.cancel()
-    while not await asyncio.to_thread(_deleted, replica.deployment_id.app_name):
-        await asyncio.sleep(RETRY_S)
-    os._exit(0)
+        yield {one.replica_id for one in updates[key].object_snapshot.running_replicas}
 
 
 def _deleted(application: str) -> bool:
