@@ -9,7 +9,7 @@ import httpx
 
 
 def until(
-    done: Callable[[], Any], seconds: float = 120, log: Callable[[], str] = lambda: "in vain"
+    done: Callable[[], Any], seconds: float, log: Callable[[], str] = lambda: "in vain"
 ) -> Any:
     """Wait for something that is true, and give it; `log` says what happened instead."""
     deadline = time.monotonic() + seconds

@@ -118,7 +118,7 @@ def test_draining_replicas_give_batch_rows_up_and_their_successors_answer_them(
         "--input", join(s3_prefix, "in/"), "--output", output, "--shard-rows", "4",
         "--shards-in-flight", "2",
     )  # fmt: skip
-    until(lambda: sum(rows > 0 for rows in told("phi4ray:batch_rows").values()) == 2)
+    until(lambda: sum(rows > 0 for rows in told("phi4ray:batch_rows").values()) == 2, 120)
     answers: list[httpx.Response] = []
 
     def ask() -> None:
@@ -127,11 +127,11 @@ def test_draining_replicas_give_batch_rows_up_and_their_successors_answer_them(
 
     online = threading.Thread(target=ask)
     online.start()
-    until(lambda: sum(told("phi4ray:admitted_requests").values()) == 1)
+    until(lambda: sum(told("phi4ray:admitted_requests").values()) == 1, 120)
     [asked] = [port for port, count in told("phi4ray:admitted_requests").items() if count]
     service.change({**SLOW, "engine": {**SLOW["engine"], "env": {"VERSION": "2"}}})
     # It stays for its online request, and has no batch row meanwhile.
-    until(lambda: told("phi4ray:batch_rows")[asked] == 0)
+    until(lambda: told("phi4ray:batch_rows")[asked] == 0, 120)
     assert told("phi4ray:admitted_requests")[asked] == 1
     online.join(60)
     assert [answer.status_code for answer in answers] == [200]

@@ -95,11 +95,15 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         stack.callback(stop)
         subprocess.run(start, check=True, env=environment)
         with (folder / "log").open("wb") as log:
-            spawn = functools.partial(
-                subprocess.Popen, cwd=ROOT, env=environment, stdout=log, stderr=log
-            )
-            started.append(spawn(serving(folder, http, {n: one[1] for n, one in keys.items()})))
-            started.append(spawn(job(folder)))
+            for command in (
+                serving(folder, http, {n: one[1] for n, one in keys.items()}),
+                job(folder),
+            ):
+                process = subprocess.Popen(
+                    command, cwd=ROOT, env=environment, stdout=log, stderr=log
+                )
+                stack.callback(process.kill)
+                started.append(process)
             url = f"http://127.0.0.1:{http}"
             until(lambda: reached(f"{url}/ready") or started[0].poll() is not None, 240)
             assert started[0].poll() is None, (folder / "log").read_text(errors="replace")[-5000:]

@@ -544,7 +544,7 @@ def listening(gate: Gate) -> Iterator[uvicorn.Server]:
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        until(lambda: server.started)
+        until(lambda: server.started, 10)
         yield server
     finally:
         server.should_exit = True
@@ -577,8 +577,8 @@ def test_a_client_that_hangs_up_while_it_sends_costs_its_tenant_nothing(tmp_path
     with listening(gate) as server:
         with connected(server, "content-length: 1000") as connection:
             connection.sendall(HELLO)
-            until(lambda: server.server_state.tasks)
-        until(lambda: not server.server_state.tasks)
+            until(lambda: server.server_state.tasks, 10)
+        until(lambda: not server.server_state.tasks, 10)
         with connected(server, f"content-length: {len(HELLO)}") as connection:
             connection.sendall(HELLO)
             assert connection.recv(64).startswith(b"HTTP/1.1 200")
@@ -602,5 +602,5 @@ def test_a_client_that_hangs_up_in_the_stream_gives_its_place_back(tmp_path: Pat
                 connection.sendall(HELLO)
                 assert connection.recv(64).startswith(b"HTTP/1.1 200")
                 places.append(running(gate))
-            until(lambda: running(gate) == 0)
+            until(lambda: running(gate) == 0, 10)
     assert places == [1, 1]

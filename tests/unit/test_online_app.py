@@ -259,11 +259,11 @@ def test_a_client_that_hangs_up_frees_its_tokens_or_its_place_in_the_queue() -> 
     app = online({"latency_s": 2, "kv_cache_size_tokens": 100})
     with listening(app) as port:
         running = send_chat(port, max_tokens=90)
-        until(lambda: app.admission.running == 1)
+        until(lambda: app.admission.running == 1, 10)
         waiting = send_chat(port, max_tokens=90)
-        until(lambda: app.admission.queued == 1)
+        until(lambda: app.admission.queued == 1, 10)
         waiting.close()
-        until(lambda: app.admission.queued == 0)
+        until(lambda: app.admission.queued == 0, 10)
         assert app.admission.running == 1
         running.close()
 
@@ -275,7 +275,7 @@ def test_a_stream_that_is_given_up_frees_its_tokens() -> None:
         assert stream.recv(16).startswith(b"HTTP/1.1 200")
         assert app.admission.running == 1
         stream.close()
-        until(lambda: app.admission.running == 0)
+        until(lambda: app.admission.running == 0, 10)
 
 
 def test_a_body_that_grows_too_large_is_cut_off_while_it_comes() -> None:
