@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engines import ENGINES, make_model
+from engines import ENGINES, make_model, on_gpus
 from rich.console import Console
 from rich.table import Table
 
@@ -60,7 +60,7 @@ def main() -> None:
     if arguments.side:
         run_side(arguments.side, arguments.engine, arguments.folder)
         return
-    rows = arguments.rows or [4096 if arguments.engine == "h200" else 512] * len(arguments.shapes)
+    rows = arguments.rows or [4096 if on_gpus(arguments.engine) else 512] * len(arguments.shapes)
     results = []
     for shape, count in zip(arguments.shapes, rows, strict=True):
         with tempfile.TemporaryDirectory(prefix="phi4ray-") as name:
@@ -160,15 +160,16 @@ def bare(
 
 
 def ours(
-    model: str, engine: dict[str, Any], prompts: Path, sampling: dict[str, Any], kind: str
-) -> dict[str, Any]:
+    model: str, engine: dict[str, Any], prompts: Path, sampling: dict[str, Any], kind: str,
+    *, replicas: int = 1, limit: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
     from cluster.batch import RayExecutor
     from cluster.local import connected
     from phi4ray.batch.run import run_batch
     from phi4ray.config import batch_config
 
     console = Console(stderr=True)
-    settings = engine | {"model": model} | ({} if kind == "h200" else {"num_gpus": 0})
+    settings = engine | {"model": model} | ({} if on_gpus(kind) else {"num_gpus": 0})
     with tempfile.TemporaryDirectory(prefix="phi4ray-answers-") as output:
         config = batch_config(
             {
@@ -178,7 +179,9 @@ def ours(
                 "engine": settings,
                 "sampling": sampling,
                 "shard_rows": 128,
-                "max_replicas": 1,
+                "min_replicas": replicas,
+                "max_replicas": replicas,
+                "limit": limit,
             }
         )
         with connected(num_cpus=os.cpu_count()):
@@ -215,7 +218,7 @@ def ray_data_llm(
             detokenize_stage=False,
             **(
                 {"placement_group_config": {"bundles": [{"CPU": 1}]}, "accelerator_type": None}
-                if kind != "h200"
+                if not on_gpus(kind)
                 else {}
             ),
         )

@@ -3,6 +3,7 @@
     python benchmarks/cold_start.py --engine cpu
     python benchmarks/cold_start.py --engine h200
     python benchmarks/cold_start.py --engine h200 --model s3://bucket/phi-4/ --load-format auto
+    python benchmarks/cold_start.py --engine h200 --sleep --set cudagraph_capture_sizes=[1,8,64,512]
 
 Three starts, one after the other, each in a process of its own: the first with every cache of
 compiled code empty, the second with what the first left there, the third with them empty again. The
@@ -10,7 +11,7 @@ third tells the compile cache's share from that of the operating system, which k
 after they were read once: for a machine's very first start, let this be the first that it runs. A
 phase ends with a line that the engine logs; lines get their time when they arrive here. Seconds of
 CPU are of all processes of a start: on a machine that is shared, they tell more than those of a
-clock.
+clock. With `--sleep` the engine is then put to sleep, weights in the host's memory, and woken.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 from engines import ENGINES, make_model
 from rich.console import Console
@@ -47,6 +49,8 @@ PHASES = {
     "graphs, warm-up": r"init engine \(profile, create kv cache, warmup model\) took",
     "HTTP application, first requests": r"@@ started",
     "first token": r"@@ answered",
+    "falling asleep": r"@@ asleep",
+    "waking up, to its first token": r"@@ awake",
     "stop": r"@@ stopped",
 }
 """Each phase ends with the last line that has this, before the next phase's."""
@@ -82,6 +86,10 @@ def main() -> None:
     parser.add_argument("--load-format", default=None, help="as in `vllm serve`")
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
     parser.add_argument("--eager", action="store_true", help="nothing is compiled or captured")
+    parser.add_argument("--sleep", action="store_true", help="then to sleep, and awake (GPUs)")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=JSON", help="other engine arguments of vLLM's"
+    )
     parser.add_argument("--results", type=Path, default=None, help="JSON file for the results")
     parser.add_argument("--log", type=Path, default=None, help="file for what the engines logged")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -119,6 +127,12 @@ def engine(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         settings["load_format"] = arguments.load_format
     if arguments.eager:
         settings["enforce_eager"] = True
+    pairs = (pair.split("=", 1) for pair in arguments.set)
+    more = {name: json.loads(value) for name, value in pairs}
+    if arguments.sleep:
+        more["enable_sleep_mode"] = True
+        settings["env"] = {**settings.get("env", {}), "VLLM_SERVER_DEV_MODE": "1"}
+    settings["engine_args"] = {**settings.get("engine_args", {}), **more}
     return {**settings, "served_model_name": "phi-4"}
 
 
@@ -139,8 +153,22 @@ async def start(settings: dict[str, Any]) -> None:
     answer = await replica.complete("/v1/completions", body)
     assert answer.status == 200, answer.body
     print(f"@@ answered, CPU {cpu_s():.2f} s", flush=True)
+    if settings["engine_args"].get("enable_sleep_mode"):
+        await sleep_and_wake(replica)
     await replica.stop()
     print("@@ stopped", flush=True)
+
+
+async def sleep_and_wake(replica: Any) -> None:
+    transport = httpx.ASGITransport(app=replica.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
+        (await client.post("/sleep?level=1", timeout=None)).raise_for_status()
+        print("@@ asleep", flush=True)
+        (await client.post("/wake_up", timeout=None)).raise_for_status()
+        body = {"model": "phi-4", "prompt": "Hello again", "max_tokens": 1}
+        answer = await replica.complete("/v1/completions", body)
+        assert answer.status == 200, answer.body
+        print("@@ awake", flush=True)
 
 
 def measure(config: dict[str, Any], caches: Path, log: Path | None) -> dict[str, float]:
@@ -187,7 +215,8 @@ def phases(lines: list[tuple[float, str]]) -> dict[str, float]:
         if ends:
             found[name] = round(ends[-1] - before, 2)
             before = ends[-1]
-    found["process to first token"] = round(before - found["stop"], 2)
+            if name == "first token":
+                found["process to first token"] = round(before, 2)
     return found
 
 

@@ -37,7 +37,7 @@ from typing import Any
 import httpx
 import yaml
 from batch_overhead import prepare
-from engines import ENGINES
+from engines import ENGINES, on_gpus
 from rich.console import Console
 from rich.table import Table
 from serve_overhead import NAME, PORT, serve_vllm
@@ -230,7 +230,7 @@ class Bench:
         arguments = self._arguments
         from cluster.environment import SERVING
 
-        cpu = arguments.engine != "h200"
+        cpu = not on_gpus(arguments.engine)
         harvest = dict(item.split("=") for item in arguments.set)
         config = {
             "engine": {"model": str(self._folder / "model"), "served_model_name": NAME,

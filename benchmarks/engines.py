@@ -9,6 +9,15 @@ _CPU = {
     "max_num_seqs": 256,
     "max_num_batched_tokens": 4096,
 }
+_H200 = {
+    "load_format": "dummy",
+    "quantization": "fp8",
+    "kv_cache_dtype": "fp8",
+    "max_model_len": 16384,
+    "gpu_memory_utilization": 0.9,
+    "max_num_seqs": 1024,
+    "max_num_batched_tokens": 16384,
+}
 ENGINES: dict[str, dict[str, Any]] = {
     # The tiny model: its engine is so fast that all around it counts several times.
     "cpu": _CPU,
@@ -16,15 +25,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     "cpu-170m": _CPU,
     # Phi-4-mini at full size: what a service on a CPU would really have.
     "cpu-mini": _CPU | {"load_format": "dummy", "max_num_seqs": 16},
-    "h200": {
-        "load_format": "dummy",
-        "quantization": "fp8",
-        "kv_cache_dtype": "fp8",
-        "max_model_len": 16384,
-        "gpu_memory_utilization": 0.9,
-        "max_num_seqs": 1024,
-        "max_num_batched_tokens": 16384,
-    },
+    "h200": _H200,
+    "h200-tp2": _H200 | {"tensor_parallel_size": 2},
 }
 
 
@@ -32,7 +34,7 @@ def make_model(engine: str, folder: Path) -> str:
     """A small model, or the shape of a full one, whose weights vLLM makes up."""
     from phi4ray.train.tiny import make_dummy_model, make_tiny_model
 
-    if engine == "h200":
+    if on_gpus(engine):
         make_dummy_model(folder, "microsoft/phi-4")
     elif engine == "cpu-mini":
         make_dummy_model(folder, "microsoft/Phi-4-mini-instruct")
@@ -41,3 +43,8 @@ def make_model(engine: str, folder: Path) -> str:
     else:
         make_tiny_model(folder)
     return str(folder)
+
+
+def on_gpus(engine: str) -> bool:
+    """Whether an engine runs on GPUs, of which Ray is then asked for as many as it takes."""
+    return engine.startswith("h200")

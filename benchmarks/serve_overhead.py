@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from engines import ENGINES, make_model
+from engines import ENGINES, make_model, on_gpus
 from rich.console import Console
 from rich.table import Table
 from servers import answering
@@ -101,7 +101,7 @@ def running(side: str, engine: str, model: str) -> Iterator[None]:
     if side == "vllm":
         command = [sys.executable, __file__, "--engine", engine, "--serve-vllm", model]
     else:
-        settings = ENGINES[engine] | ({} if engine == "h200" else {"num_gpus": 0})
+        settings = ENGINES[engine] | ({} if on_gpus(engine) else {"num_gpus": 0})
         pairs = [f"{key}={value}" for key, value in settings.items()]
         command = [
             sys.executable, str(ROOT / "jobs" / "serve.py"), "--model", model, "--port", str(PORT),

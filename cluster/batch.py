@@ -113,9 +113,11 @@ class RayExecutor:
     def _dataset(self, config: BatchConfig, plan: Plan, pending: Sequence[int]) -> Any:
         """Shard indices through a pool of replicas; one block, hence one task, a shard."""
         engine = config.engine
-        at_once = shards_in_flight(config, plan)
         most = min(config.max_replicas or self._fits(engine), len(pending))
         fewest = min(config.min_replicas, most)
+        # Those that start first leave the others their share.
+        share = -(-len(pending) // min(most, self._at_hand(engine)))
+        at_once = min(shards_in_flight(config, plan), max(2, share))
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
@@ -151,6 +153,13 @@ class RayExecutor:
         if engine.gpus_per_replica:
             return 1 << 16
         return sum(node["Alive"] for node in ray.nodes())
+
+    def _at_hand(self, engine: EngineConfig) -> int:
+        """The replicas that the cluster has room for as it is."""
+        if engine.gpus_per_replica:
+            gpus = ray.cluster_resources().get("GPU", 0)
+            return max(1, int(gpus // engine.gpus_per_replica))
+        return max(1, self._fits(engine))
 
     def _warn_of_missing(self, engine: EngineConfig) -> None:
         total = ray.cluster_resources()

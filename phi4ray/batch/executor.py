@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import uvloop
 
+from phi4ray.batch.pacing import OVERSUBSCRIBE
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import Plan
 from phi4ray.batch.worker import ShardWorker, WorkerStats
@@ -23,6 +24,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 TICK_S = 0.5
+
+FILLS = int(2 * OVERSUBSCRIBE)
+"""How many times the rows of the shards in flight fill a replica."""
 
 IN_FLIGHT_BYTES = 1 << 30
 """What the shards that a replica works on may have as input; decoded they take several times it."""
@@ -54,16 +58,17 @@ class Executor(Protocol):
 
 
 def shards_in_flight(config: BatchConfig, plan: Plan) -> int:
-    """Shards that one replica works on at once: enough rows to fill it twice, and one more.
+    """Shards that one replica works on at once: enough rows to fill it so many times, and one more.
 
-    One shard is being read or written while the others' rows are with the engine. Of large rows
+    Half of the rows are with the engine or next in its queue (`pacing.OVERSUBSCRIBE`), from the
+    other half the longest are chosen. One shard is being read or written meanwhile. Of large rows
     there are fewer at once: `IN_FLIGHT_BYTES` of input.
     """
     if config.shards_in_flight is not None:
         return config.shards_in_flight
     shards = max(1, len(plan.shards))
     mean_rows, mean_bytes = max(1, plan.rows // shards), max(1, plan.prompt_bytes // shards)
-    wanted = 1 + -(-2 * config.engine.max_num_seqs // mean_rows)
+    wanted = 1 + -(-FILLS * config.engine.max_num_seqs // mean_rows)
     return max(2, min(64, wanted, IN_FLIGHT_BYTES // mean_bytes))
 
 

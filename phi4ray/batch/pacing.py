@@ -7,8 +7,9 @@ hold.
 """
 
 import asyncio
-from collections import deque
-from collections.abc import Sequence
+import heapq
+import itertools
+from collections.abc import Callable, Sequence
 
 from phi4ray.protocol import KVState
 
@@ -17,66 +18,74 @@ PREFIX_CHARS = 2048
 
 
 class Pacer:
-    """Hands out the engine's room for rows, first come first served."""
+    """Hands out the engine's room for rows: the lowest rank first, then first come first served."""
 
     def __init__(self, kv: KVState, oversubscribe: float = OVERSUBSCRIBE) -> None:
         self.max_rows = max(1, int(kv.max_num_seqs * oversubscribe))
         self.max_tokens = max(1.0, kv.capacity_tokens * oversubscribe)
         self.rows = 0
         self.tokens = 0.0
-        self._waiting: deque[tuple[float, asyncio.Future[None]]] = deque()
+        self._came = itertools.count()
+        self._waiting: list[tuple[int, int, Callable[[], float], asyncio.Future[float]]] = []
+
+    async def acquire(self, demand: Callable[[], float], rank: int = 0) -> float:
+        """Wait until a row may go; gives the tokens that it holds from then on.
+
+        `demand` is asked when the row's turn comes: by then, finished rows have taught more.
+        """
+        place: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (rank, next(self._came), demand, place))
+        self._let_in()
+        try:
+            return await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():
+                self.release(place.result())
+            raise
+
+    def release(self, tokens: float) -> None:
+        """Give a row's room back, to the next ones that wait."""
+        self.rows -= 1
+        self.tokens -= tokens
+        self._let_in()
+
+    def _let_in(self) -> None:
+        while self._waiting:
+            _, _, demand, place = self._waiting[0]
+            if not place.cancelled():
+                tokens = demand()
+                if not self._fits(tokens):
+                    return
+                self.rows += 1
+                self.tokens += tokens
+                place.set_result(tokens)
+            heapq.heappop(self._waiting)
 
     def _fits(self, tokens: float) -> bool:
         # One row is always let in: the engine, not a guess, refuses what can never fit.
         within = self.rows < self.max_rows and self.tokens + tokens <= self.max_tokens
         return not self.rows or within
 
-    async def acquire(self, tokens: float) -> None:
-        """Wait until a row of so many tokens may go."""
-        if self._waiting or not self._fits(tokens):
-            place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append((tokens, place))
-            try:
-                await place
-            except asyncio.CancelledError:
-                if place.done() and not place.cancelled():
-                    self.release(tokens)
-                raise
-        else:
-            self._take(tokens)
 
-    def release(self, tokens: float) -> None:
-        """Give a row's room back, to the next ones that wait."""
-        self.rows -= 1
-        self.tokens -= tokens
-        while self._waiting:
-            wanted, place = self._waiting[0]
-            if place.cancelled():
-                self._waiting.popleft()
-            elif self._fits(wanted):
-                self._waiting.popleft()
-                self._take(wanted)
-                place.set_result(None)
-            else:
-                return
+def rank_of(limit: int | None) -> int:
+    """Long answers before short ones, by powers of two of their limit.
 
-    def _take(self, tokens: float) -> None:
-        self.rows += 1
-        self.tokens += tokens
+    So none is left running alone at the end (longest processing time first, Graham 1969). Limits
+    that are alike are of one rank, so that shards end in their order.
+    """
+    # A row without a limit may be the longest of all.
+    return -(limit.bit_length() if limit is not None else 64)
 
 
 def order(requests: Sequence[tuple[str, int | None]]) -> list[int]:
-    """The order in which to hand over a shard's requests, given as (prompt, max tokens).
+    """The order in which a shard's requests ask for room, given as (prompt, max tokens).
 
-    Long answers first, by powers of two of their limit, so that none is left running alone at
-    the end; among equals sorted by prompt, so that requests with a shared prefix meet while its
+    By rank; among equals sorted by prompt, so that requests with a shared prefix meet while its
     blocks are in the prefix cache.
     """
 
     def key(index: int) -> tuple[int, str]:
         prompt, limit = requests[index]
-        # A row without a limit may be the longest of all.
-        size = limit.bit_length() if limit is not None else 64
-        return -size, prompt[:PREFIX_CHARS]
+        return rank_of(limit), prompt[:PREFIX_CHARS]
 
     return sorted(range(len(requests)), key=key)

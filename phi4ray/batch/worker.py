@@ -1,8 +1,7 @@
 """A shard worker: reads a shard's rows, has a replica answer them, writes the part.
 
-Several shards run at once in one worker. Their rows go to the engine in the order of the shards,
-and the next shard's rows follow at once when the last one's are handed over: nothing waits for a
-whole shard to finish.
+Several shards run at once in one worker. Of all their rows, those that may take longest go to the
+engine first, and rows alike in the order of the shards: nothing waits for a whole shard to finish.
 """
 
 import asyncio
@@ -18,7 +17,7 @@ import tenacity
 
 from phi4ray.batch.carried import decode_schema
 from phi4ray.batch.files import Reader
-from phi4ray.batch.pacing import Pacer, order
+from phi4ray.batch.pacing import Pacer, order, rank_of
 from phi4ray.batch.parts import (
     Receipt,
     Result,
@@ -106,7 +105,6 @@ class ShardWorker:
         )
         self._pacer = Pacer(replica.kv())
         self._lengths = Lengths()
-        self._turn = asyncio.Lock()
         self._open: dict[int, Done] = {}
         self._in_flight: set[asyncio.Task[None]] = set()
         self._stop: RowError | None = None
@@ -204,7 +202,10 @@ class ShardWorker:
                 body = row.request.body
                 asked.append((at, row.request, prompt_of(body), max_tokens_of(body)))
 
-        async def answer(at: int, request: Request, chars: int, demand: float) -> None:
+        async def answer(at: int, request: Request, chars: int, limit: int | None) -> None:
+            demand = await self._pacer.acquire(
+                lambda: self._lengths.demand(chars, limit), rank_of(limit)
+            )
             try:
                 result = results[at] = await self._answer_or_stop(results[at], request)
             finally:
@@ -214,13 +215,10 @@ class ShardWorker:
                 self._lengths.observe(chars, result.prompt_tokens, result.completion_tokens or 0)
 
         try:
-            # Shards hand over their rows one after the other; then the next one's follow at once.
-            async with asyncio.TaskGroup() as group, self._turn:
+            async with asyncio.TaskGroup() as group:
                 for position in order([(prompt, limit) for _, _, prompt, limit in asked]):
                     at, request, prompt, limit = asked[position]
-                    demand = self._lengths.demand(len(prompt), limit)
-                    await self._pacer.acquire(demand)
-                    group.create_task(answer(at, request, len(prompt), demand))
+                    group.create_task(answer(at, request, len(prompt), limit))
         except BaseExceptionGroup as failures:
             # One cause and not a group, so that it keeps its type over process borders.
             raise failures.exceptions[0] from None

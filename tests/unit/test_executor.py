@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi4ray.batch.executor import (
+    FILLS,
     IN_FLIGHT_BYTES,
     InProcessExecutor,
     in_thread,
@@ -28,7 +29,7 @@ from tests.small_jobs import engine, job, parts, prompts, write_lines
 
 
 @given(st.lists(st.integers(1, 2000), min_size=1, max_size=20), st.integers(1, 2000))
-def test_shards_in_flight_hold_the_rows_that_fill_a_replica_twice(
+def test_shards_in_flight_hold_the_rows_that_fill_a_replica_so_many_times(
     rows: list[int], max_num_seqs: int
 ) -> None:
     pieces = [Slice(file=0, row_start=0, rows=count) for count in rows]
@@ -37,8 +38,10 @@ def test_shards_in_flight_hold_the_rows_that_fill_a_replica_twice(
     config = job(Path("/x"), engine={"max_num_seqs": max_num_seqs})
     count, mean = shards_in_flight(config, plan), plan.rows / len(shards)
     assert 2 <= count <= 64
-    assert count == 64 or (count - 1) * mean >= 2 * max_num_seqs or mean >= 2 * max_num_seqs
-    assert count == 2 or (count - 2) * int(mean) < 2 * max_num_seqs  # and not more than it takes
+    assert count == 64 or (count - 1) * mean >= FILLS * max_num_seqs or mean >= FILLS * max_num_seqs
+    assert (
+        count == 2 or (count - 2) * int(mean) < FILLS * max_num_seqs
+    )  # and not more than it takes
 
 
 def test_shards_in_flight_may_be_set() -> None:

@@ -23,6 +23,10 @@ def pacer(tokens: int = 100, rows: int = 10) -> Pacer:
     return Pacer(kv, oversubscribe=1.0)
 
 
+async def acquired(room: Pacer, tokens: float, rank: int = 0) -> float:
+    return await room.acquire(lambda: tokens, rank)
+
+
 async def settle() -> None:
     for _ in range(5):
         await asyncio.sleep(0)
@@ -35,8 +39,8 @@ def test_rows_go_until_their_tokens_fill_the_cache() -> None:
     async def scenario() -> None:
         room = pacer(tokens=100)
         for _ in range(4):
-            await room.acquire(25)
-        waiting = asyncio.create_task(room.acquire(1))
+            await acquired(room, 25)
+        waiting = asyncio.create_task(acquired(room, 1))
         await settle()
         assert not waiting.done()
         room.release(25)
@@ -49,9 +53,9 @@ def test_rows_go_until_their_tokens_fill_the_cache() -> None:
 def test_rows_go_until_the_engine_has_all_the_sequences_it_takes() -> None:
     async def scenario() -> None:
         room = pacer(rows=2)
-        await room.acquire(1)
-        await room.acquire(1)
-        waiting = asyncio.create_task(room.acquire(1))
+        await acquired(room, 1)
+        await acquired(room, 1)
+        waiting = asyncio.create_task(acquired(room, 1))
         await settle()
         assert not waiting.done()
         room.release(1)
@@ -63,8 +67,8 @@ def test_rows_go_until_the_engine_has_all_the_sequences_it_takes() -> None:
 def test_a_row_that_can_never_fit_is_let_in_alone_for_the_engine_to_refuse() -> None:
     async def scenario() -> None:
         room = pacer(tokens=100)
-        await asyncio.wait_for(room.acquire(1e9), 5)
-        waiting = asyncio.create_task(room.acquire(1))
+        await asyncio.wait_for(acquired(room, 1e9), 5)
+        waiting = asyncio.create_task(acquired(room, 1))
         await settle()
         assert not waiting.done()
         room.release(1e9)
@@ -78,10 +82,10 @@ def test_a_small_row_does_not_pass_a_large_one_that_waits() -> None:
         room, went = pacer(tokens=100), []
 
         async def go(name: str, tokens: float) -> None:
-            await room.acquire(tokens)
+            await acquired(room, tokens)
             went.append(name)
 
-        await room.acquire(60)
+        await acquired(room, 60)
         tasks = [asyncio.create_task(go("large", 80)), asyncio.create_task(go("small", 1))]
         await settle()
         assert went == []
@@ -92,12 +96,45 @@ def test_a_small_row_does_not_pass_a_large_one_that_waits() -> None:
     asyncio.run(scenario())
 
 
+def test_of_rows_that_wait_the_lowest_rank_goes_first_and_equals_as_they_came() -> None:
+    async def scenario() -> None:
+        room, went = pacer(rows=1), []
+
+        async def go(name: str, rank: int) -> None:
+            tokens = await acquired(room, 1, rank)
+            went.append(name)
+            room.release(tokens)
+
+        await acquired(room, 1)
+        asked = [("b", -5), ("c", -5), ("d", 0), ("a", -9)]
+        tasks = [asyncio.create_task(go(*row)) for row in asked]
+        await settle()
+        room.release(1)
+        await asyncio.gather(*tasks)
+        assert went == ["a", "b", "c", "d"]
+
+    asyncio.run(scenario())
+
+
+def test_what_a_row_holds_is_asked_when_its_turn_comes() -> None:
+    async def scenario() -> None:
+        room, known = pacer(tokens=100), 90.0
+        await acquired(room, 90)
+        waiting = asyncio.create_task(room.acquire(lambda: known))
+        await settle()
+        known = 10.0
+        room.release(90)
+        assert await asyncio.wait_for(waiting, 5) == room.tokens == 10
+
+    asyncio.run(scenario())
+
+
 def test_a_row_that_gives_up_waiting_holds_no_room_and_no_one_up() -> None:
     async def scenario() -> None:
         room = pacer(tokens=100)
-        await room.acquire(60)
-        gone = asyncio.create_task(room.acquire(80))
-        after = asyncio.create_task(room.acquire(50))
+        await acquired(room, 60)
+        gone = asyncio.create_task(acquired(room, 80))
+        after = asyncio.create_task(acquired(room, 50))
         await settle()
         gone.cancel()
         await settle()
@@ -111,8 +148,8 @@ def test_a_row_that_gives_up_waiting_holds_no_room_and_no_one_up() -> None:
 def test_a_row_cancelled_just_as_its_turn_came_gives_its_room_back() -> None:
     async def scenario() -> None:
         room = pacer(tokens=100)
-        await room.acquire(100)
-        chosen = asyncio.create_task(room.acquire(100))
+        await acquired(room, 100)
+        chosen = asyncio.create_task(acquired(room, 100))
         await settle()
         room.release(100)  # it is the chosen one's, which has not run since
         chosen.cancel()
@@ -132,7 +169,7 @@ def test_every_row_gets_its_turn_and_all_room_comes_back(
 
         async def row(tokens: int) -> None:
             nonlocal most, served
-            await room.acquire(tokens)
+            await acquired(room, tokens)
             try:
                 most = max(most, room.rows)
                 assert room.tokens <= 100 or room.rows == 1
