@@ -176,7 +176,7 @@ def measure(config: dict[str, Any], caches: Path, log: Path | None) -> dict[str,
     environment = {
         **os.environ,
         **{name: str(caches / folder) for name, folder in CACHES.items()},
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "VLLM_LOGGING_LEVEL": "INFO",
         "VLLM_NO_USAGE_STATS": "1",
     }

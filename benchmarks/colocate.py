@@ -22,7 +22,6 @@ import asyncio
 import json
 import os
 import random
-import re
 import signal
 import statistics
 import subprocess
@@ -46,7 +45,6 @@ from servers import answering
 ROOT = Path(__file__).resolve().parent.parent
 URL = f"http://127.0.0.1:{PORT}"
 SIDES = ("phi4ray", "priority")
-DASHBOARD = "8299"
 
 
 def main() -> None:
@@ -228,7 +226,10 @@ class Bench:
     def service(self) -> Iterator[None]:
         """Our service, on a cluster of this machine."""
         arguments = self._arguments
+        import ray
+
         from cluster.environment import SERVING
+        from cluster.local import connected
 
         cpu = not on_gpus(arguments.engine)
         harvest = dict(item.split("=") for item in arguments.set)
@@ -240,22 +241,16 @@ class Bench:
         }  # fmt: skip
         file = self._folder / "serve.yaml"
         file.write_text(yaml.safe_dump(config))
-        ray = [sys.executable, "-m", "ray.scripts.scripts"]
-        environment = {**os.environ, **SERVING, "RAY_AUTH_MODE": "disabled"}
-        start = [*ray, "start", "--head", "--port=0", f"--dashboard-port={DASHBOARD}"]
-        started = subprocess.run(
-            [*start, *(["--num-cpus=4"] if cpu else []), "--disable-usage-stats"],
-            env=environment, check=True, capture_output=True, text=True,
-        )  # fmt: skip
-        self._environment = environment | {"RAY_ADDRESS": _address(started.stdout)}
+        # A cluster is told at its start how Serve is to work.
+        os.environ |= SERVING | {"RAY_AUTH_MODE": "disabled"}
         command = [
             sys.executable, str(ROOT / "jobs/serve.py"), "--config", str(file), "--port", str(PORT),
         ]  # fmt: skip
-        try:
+        with connected(num_cpus=4 if cpu else os.cpu_count()):
+            address = ray.get_runtime_context().gcs_address
+            self._environment = {**os.environ, "RAY_ADDRESS": address}
             with answering(command, URL, self._environment):
                 yield
-        finally:
-            subprocess.run([*ray, "stop", "--force"], check=False, capture_output=True)
 
     @contextmanager
     def vllm(self) -> Iterator[None]:
@@ -297,12 +292,6 @@ class Bench:
         with suppress(httpx.HTTPError):
             while self.metric("phi4ray:batch_rows") + self.metric("phi4ray:batch_waiting_rows"):
                 time.sleep(1)
-
-
-def _address(said: str) -> str:
-    found = re.search(r"--address='([^']+)'", said)
-    assert found, said
-    return found[1]
 
 
 def quantiles(name: str, values: list[float]) -> dict[str, float]:

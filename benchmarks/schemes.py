@@ -26,6 +26,10 @@ from rich.table import Table
 GPTQ = {
     "quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False,
     "checkpoint_format": "gptq",
+    # vLLM reads from the weights' file which layers are quantized, where it is not said.
+    "modules_in_block_to_quantize": [
+        "self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj",
+    ],
 }  # fmt: skip
 
 SCHEMES: dict[str, dict[str, Any]] = {
