@@ -3,8 +3,9 @@
     python benchmarks/batch_overhead.py --engine cpu
     python benchmarks/batch_overhead.py --engine h200 --shapes 512x256 128x16 heavy:512x256
 
-Shapes are prompt x answer tokens. `heavy:` has answers whose lengths are log-normal with that mean,
-each row with its own limit; `shared:` has prompts whose first half is one of 64, in random order.
+Shapes are prompt x answer tokens. `ragged:` has answers of half to one and a half times that
+length, `heavy:` of log-normal lengths with that mean, each row with its own limit; `shared:` has
+prompts whose first half is one of 64, in random order.
 
 The same rows and engine arguments on every side, each side in a process of its own, one after the
 other. Compared is the engine phase: from the moment when the engine is ready to the last answer
@@ -106,6 +107,9 @@ def prepare(folder: Path, engine: str, shape: str, rows: int) -> None:
             if kind == "heavy":
                 limit = round(random_.lognormvariate(middle, SPREAD))
                 row["sampling"] = {"max_tokens": min(longest, max(1, limit))}
+            if kind == "ragged":
+                limit = random_.randint(answer_tokens // 2, answer_tokens * 3 // 2)
+                row["sampling"] = {"max_tokens": limit}
             stream.write(json.dumps(row) + "\n")
     sampling = {"temperature": 0.0, "max_tokens": answer_tokens, "ignore_eos": True}
     (folder / "sampling.json").write_text(json.dumps(sampling))

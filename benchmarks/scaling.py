@@ -39,7 +39,7 @@ def main() -> None:
     add("--engine", choices=sorted(ENGINES), default="h200")
     add("--gpus", type=int, nargs="+", default=[1, 2, 4], help="how many, in this order")
     add("--doors", nargs="+", choices=DOORS, default=list(DOORS))
-    add("--shape", default="heavy:512x256", help="of the batch job's rows, see batch_overhead.py")
+    add("--shape", default="ragged:512x256", help="of the batch job's rows, see batch_overhead.py")
     add("--rows", type=int, default=2048, help="for each GPU [2048]")
     add("--serve-shape", default="512x128", help="prompt x answer tokens [512x128]")
     add("--requests", type=int, default=1000, help="for each GPU [1000]")

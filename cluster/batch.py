@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cluster.board import start_board
 from cluster.worker import RayShardWorker, receipts_of
-from phi4ray.batch.executor import in_thread, shards_in_flight
+from phi4ray.batch.executor import in_thread, shards_in_flight, share_of
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import Plan
 from phi4ray.batch.worker import WorkerStats
@@ -115,9 +115,8 @@ class RayExecutor:
         engine = config.engine
         most = min(config.max_replicas or self._fits(engine), len(pending))
         fewest = min(config.min_replicas, most)
-        # Those that start first leave the others their share.
-        share = -(-len(pending) // min(most, self._at_hand(engine)))
-        at_once = min(shards_in_flight(config, plan), max(2, share))
+        replicas = min(most, self._at_hand(engine))
+        at_once = share_of(len(pending), replicas, shards_in_flight(config, plan))
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False

@@ -72,6 +72,12 @@ def shards_in_flight(config: BatchConfig, plan: Plan) -> int:
     return max(2, min(64, wanted, IN_FLIGHT_BYTES // mean_bytes))
 
 
+def share_of(shards: int, replicas: int, wanted: int) -> int:
+    """Shards that one of so many replicas takes at once: those that start first leave the others
+    their share."""
+    return min(wanted, max(2, -(-shards // replicas)))
+
+
 class InProcessExecutor:
     """One replica in this process: tests, laptops, and a single GPU without a cluster.
 

@@ -15,6 +15,7 @@ from phi4ray.batch.executor import (
     InProcessExecutor,
     in_thread,
     shards_in_flight,
+    share_of,
     threaded,
 )
 from phi4ray.batch.plan import Input, Plan, Shard, Slice, make_plan
@@ -55,6 +56,16 @@ def test_of_large_shards_fewer_are_in_flight() -> None:
     inputs = [Input(uri="a.jsonl", size=1, etag="e")]
     plan = make_plan({}, inputs, shards, carried="", prompt_bytes=100 * (64 << 20))
     assert shards_in_flight(job(Path("/x")), plan) == IN_FLIGHT_BYTES // (64 << 20)
+
+
+@given(st.integers(1, 5000), st.integers(1, 64), st.integers(1, 64))
+def test_replicas_that_start_first_leave_the_others_their_share(
+    shards: int, replicas: int, wanted: int
+) -> None:
+    share = share_of(shards, replicas, wanted)
+    assert min(2, wanted) <= share <= wanted
+    assert share == wanted or share * replicas >= shards  # none is left over
+    assert share <= 2 or (share - 1) * replicas < shards  # and none goes without
 
 
 # Results of a thread
