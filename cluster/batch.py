@@ -13,6 +13,7 @@ import ray.data
 from rich.console import Console
 
 from cluster.board import start_board
+from cluster.environment import set_defaults
 from cluster.worker import RayShardWorker, receipts_of
 from phi4ray.batch.executor import in_thread, shards_in_flight, share_of
 from phi4ray.batch.parts import Receipt
@@ -174,8 +175,7 @@ class RayExecutor:
 
 @ray.remote(max_retries=3)
 def _apply(function: Callable[[Any], Any], item: Any, environment: Mapping[str, str]) -> Any:
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)
+    set_defaults(environment)
     return function(item)
 
 

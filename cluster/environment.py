@@ -3,6 +3,7 @@
 Ray and Ray Serve read these when they start: set them where a cluster's nodes are started.
 """
 
+import os
 from collections.abc import Mapping
 
 NODES: Mapping[str, str] = {
@@ -36,3 +37,9 @@ SERVING: Mapping[str, str] = {
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
 }
 """For clusters that serve online traffic."""
+
+
+def set_defaults(variables: Mapping[str, str]) -> None:
+    """Set those variables that this process's environment does not have."""
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)

@@ -11,6 +11,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from cluster.batch import ENVIRONMENT, translated
+from cluster.environment import set_defaults
 from phi4ray.batch.executor import in_thread
 from phi4ray.errors import ConfigError, Phi4rayError
 from phi4ray.train.config import FinetuneConfig
@@ -102,8 +103,7 @@ def _trainer(config: FinetuneConfig, board: Any) -> TorchTrainer:
 
 def _work(given: Mapping[str, Any]) -> None:
     """One worker: `phi4ray.train.trainer.train`, in the environment of the driver."""
-    for name, value in given["environment"].items():
-        os.environ.setdefault(name, value)
+    set_defaults(given["environment"])
     board = given["board"]
     if ray.get(board.stopping.remote()):
         return

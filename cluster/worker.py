@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import ray
 import uvloop
 
+from cluster.environment import set_defaults
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import Plan
 from phi4ray.batch.worker import ShardWorker
@@ -40,8 +41,7 @@ class RayShardWorker:
     def __init__(
         self, config: BatchConfig, plan: Any, board: Any, environment: Mapping[str, str]
     ) -> None:
-        for name, value in environment.items():
-            os.environ.setdefault(name, value)
+        set_defaults(environment)
         # Ray allows as many threads as the actor has CPUs; vLLM knows better what its engine needs.
         os.environ.pop("OMP_NUM_THREADS", None)
         self._board = board

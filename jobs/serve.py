@@ -21,7 +21,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
-from cluster.environment import SERVING
+from cluster.environment import SERVING, set_defaults
 from jobs.flags import (
     ENGINE_FLAGS,
     Flags,
@@ -67,8 +67,7 @@ def serve(config: ServeConfig, arguments: argparse.Namespace, console: Console) 
     host, port = arguments.host, arguments.port
     local = "RAY_ADDRESS" not in os.environ
     if local:
-        for name, value in SERVING.items():
-            os.environ.setdefault(name, value)
+        set_defaults(SERVING)
     # Ray Serve reads the environment when it is imported.
     from cluster.gpus import cluster_gpus
     from cluster.local import connected
