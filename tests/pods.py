@@ -23,6 +23,7 @@ import pytest
 
 from phi4ray.train.tiny import make_tiny_model
 from tests.manifests import ROOT, Object, container, of_kind, quantity
+from tests.processes import kill_family
 from tests.waiting import until
 
 UNSHARE = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "-r"]
@@ -168,13 +169,13 @@ class Pod:
                 return None
         raise AssertionError(f"no way to mount {source}")
 
-    def start(self, *command: str) -> "subprocess.Popen[bytes]":
+    def start(self, *command: str) -> psutil.Popen:
         """Start a command in the container; what it says is in the pod's folder."""
         variables = [f"{name}={value}" for name, value in self.environment.items()]
         enter = [*UNSHARE, "sh", "-c", ENTER, "sh", str(self.folder / "root"), self._mounts]
         inside = ["/home/ray", "env", "--ignore-environment", *variables, *command]
         with (self.folder / "log").open("ab") as log:
-            return subprocess.Popen(
+            return psutil.Popen(
                 [*enter, *inside], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env={"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"},
             )  # fmt: skip
@@ -237,11 +238,7 @@ class Cluster:
         finally:
             for process in processes:
                 # Not asked to end, which Ray would do with all its care, one node after another.
-                found = psutil.Process(process.pid)
-                for one in [*found.children(recursive=True), found]:
-                    with contextlib.suppress(psutil.Error):  # it went with another one
-                        one.kill()
-                process.wait(30)
+                kill_family(process)
 
     def submit(self, name: str, entrypoint: str) -> tuple[int, str]:
         """Run a job as the submitter's pod does: its shell reads the entrypoint first."""
