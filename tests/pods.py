@@ -60,6 +60,8 @@ exec chroot "$root" sh -c 'cd "$0" && exec "$@"' "$folder" "$@"
 HEAD, WORKER = "127.0.0.1", "127.0.0.2"
 ADDRESS, DASHBOARD = f"{HEAD}:6379", f"http://{HEAD}:8265"
 TOKEN = "0123456789abcdef0123456789abcdef"
+# Agents of other clusters have the port of KubeRay's probes, on 127.0.0.1 too: pods have another.
+AGENT, AGENT_HERE = 52365, 8266
 
 
 def build_image(folder: Path) -> Path:
@@ -195,6 +197,7 @@ class Pod:
         get = self._ray[name]["httpGet"]
         ports = {one["name"]: one["containerPort"] for one in self._ray["ports"]}
         port = ports.get(get["port"], get["port"])
+        port = AGENT_HERE if port == AGENT else port
         try:
             return httpx.get(f"http://{self.ip}:{port}{get['path']}", timeout=5).is_success
         except httpx.TransportError:
@@ -254,7 +257,7 @@ def ray_start(pod: Pod) -> list[str]:
         "memory": str(int(quantity(limits["memory"]))),
         # Of all pods on this machine only one can have the port that each would have.
         "metrics-export-port": "8080" if pod.ip == HEAD else "0",
-        "dashboard-agent-listen-port": "52365",
+        "dashboard-agent-listen-port": str(AGENT_HERE),
         **pod.group["rayStartParams"],
         "node-ip-address": pod.ip,
     }

@@ -27,6 +27,16 @@ def lives(process: psutil.Process) -> bool:
     return False
 
 
+def replicas_below(process: psutil.Process) -> list[psutil.Process]:
+    """The replicas of an application on a cluster that the process has started."""
+    found = []
+    for one in process.children(recursive=True):
+        with suppress(psutil.Error):  # it ends just now
+            if "ServeReplica:phi4:replica" in " ".join(one.cmdline()):
+                found.append(one)
+    return found
+
+
 def metrics_ports(process: psutil.Process) -> list[int]:
     """Where a process tells its metrics if it is a replica, by the exporter's ports."""
     with suppress(psutil.Error):  # it ends just now
