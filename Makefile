@@ -9,7 +9,7 @@ export DO_NOT_TRACK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export VLLM_NO_USAGE_STATS := 1
 
-# Two processes: the tests on Ray, which wait a lot, and beside them all others.
+# Two processes: tests on Ray Serve, and beside them those on Ray alone; then, in both, all others.
 BESIDE := --numprocesses 2 --no-loadscope-reorder
 
 .DEFAULT_GOAL := help

@@ -104,8 +104,14 @@ class Nodes:
         # Where S3 is, workers are told by the job.
         for name in ("RAY_ADDRESS", "AWS_ENDPOINT_URL"):
             environment.pop(name, None)
-        common = [f"--object-store-memory={100 << 20}", "--disable-usage-stats"]
-        head = ["--head", f"--port={PORT}", "--num-cpus=0", "--node-ip-address=127.0.0.1",
+        common = [
+            f"--object-store-memory={100 << 20}",
+            "--disable-usage-stats",
+            # Another cluster of this machine may have the port that is Ray's default.
+            "--dashboard-agent-listen-port=0",
+        ]
+        head = ["--head", f"--port={PORT}", f"--ray-client-server-port={PORT + 1}",
+                "--num-cpus=0", "--node-ip-address=127.0.0.1",
                 "--include-dashboard=false", f"--temp-dir={temporary}/0"]  # fmt: skip
         self.head = Node(0, [*head, *common], environment, folder / "node-0.log")
         wait_for(self.head)

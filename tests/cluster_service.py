@@ -1,6 +1,5 @@
 """A service on a cluster of its own, as the tests of whole clusters start and ask it."""
 
-import contextlib
 import json
 import os
 import subprocess
@@ -10,6 +9,8 @@ from typing import Any
 
 import httpx
 import psutil
+
+from tests.processes import replicas_below
 
 ROOT = Path(__file__).parents[1]
 PORT = 8189
@@ -67,12 +68,7 @@ class Service:
         self.process.stdin.flush()
 
     def replicas(self) -> list[psutil.Process]:
-        found = []
-        for one in psutil.Process(self.process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error):  # it ends just now
-                if "ServeReplica:phi4:replica" in " ".join(one.cmdline()):
-                    found.append(one)
-        return found
+        return replicas_below(psutil.Process(self.process.pid))
 
     def metric(self, name: str) -> float:
         text = httpx.get(f"{self.url}/metrics").text

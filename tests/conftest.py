@@ -22,12 +22,25 @@ settings.register_profile("long", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "phi4ray"))
 
 
+# Of the tests with clusters, the files that deploy no application of Ray Serve.
+WITHOUT_SERVE = {
+    f"tests/cluster/test_{name}.py"
+    for name in ("cli_jobs", "finetune", "fit", "job", "limits", "local", "readme", "stop")
+}
+
+
 class SideBySide(LoadScopeScheduling):  # type: ignore[misc]
-    """Of Ray there is one at a time; what a file has started, as an engine, serves its tests."""
+    """One test with Ray Serve at a time, whose ports are fixed, and beside it one with Ray alone.
+
+    Both come first, each in a process; then those of other files, which may share what a file has
+    started, as an engine.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::", 1)[0]
-        return "ray" if file.startswith(("tests/cluster/", "tests/crash/")) else file
+        if file in WITHOUT_SERVE or file.startswith("tests/crash/"):
+            return "ray"
+        return "serve" if file.startswith("tests/cluster/") else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SideBySide:

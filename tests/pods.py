@@ -23,6 +23,7 @@ import pytest
 
 from phi4ray.train.tiny import make_tiny_model
 from tests.manifests import ROOT, Object, container, of_kind, quantity
+from tests.processes import kill_family
 from tests.waiting import until
 
 UNSHARE = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "-r"]
@@ -59,6 +60,8 @@ exec chroot "$root" sh -c 'cd "$0" && exec "$@"' "$folder" "$@"
 HEAD, WORKER = "127.0.0.1", "127.0.0.2"
 ADDRESS, DASHBOARD = f"{HEAD}:6379", f"http://{HEAD}:8265"
 TOKEN = "0123456789abcdef0123456789abcdef"
+# Agents of other clusters have the port of KubeRay's probes, on 127.0.0.1 too: pods have another.
+AGENT, AGENT_HERE = 52365, 8266
 
 
 def build_image(folder: Path) -> Path:
@@ -168,13 +171,13 @@ class Pod:
                 return None
         raise AssertionError(f"no way to mount {source}")
 
-    def start(self, *command: str) -> "subprocess.Popen[bytes]":
+    def start(self, *command: str) -> psutil.Popen:
         """Start a command in the container; what it says is in the pod's folder."""
         variables = [f"{name}={value}" for name, value in self.environment.items()]
         enter = [*UNSHARE, "sh", "-c", ENTER, "sh", str(self.folder / "root"), self._mounts]
         inside = ["/home/ray", "env", "--ignore-environment", *variables, *command]
         with (self.folder / "log").open("ab") as log:
-            return subprocess.Popen(
+            return psutil.Popen(
                 [*enter, *inside], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env={"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"},
             )  # fmt: skip
@@ -194,6 +197,7 @@ class Pod:
         get = self._ray[name]["httpGet"]
         ports = {one["name"]: one["containerPort"] for one in self._ray["ports"]}
         port = ports.get(get["port"], get["port"])
+        port = AGENT_HERE if port == AGENT else port
         try:
             return httpx.get(f"http://{self.ip}:{port}{get['path']}", timeout=5).is_success
         except httpx.TransportError:
@@ -237,11 +241,7 @@ class Cluster:
         finally:
             for process in processes:
                 # Not asked to end, which Ray would do with all its care, one node after another.
-                found = psutil.Process(process.pid)
-                for one in [*found.children(recursive=True), found]:
-                    with contextlib.suppress(psutil.Error):  # it went with another one
-                        one.kill()
-                process.wait(30)
+                kill_family(process)
 
     def submit(self, name: str, entrypoint: str) -> tuple[int, str]:
         """Run a job as the submitter's pod does: its shell reads the entrypoint first."""
@@ -257,7 +257,7 @@ def ray_start(pod: Pod) -> list[str]:
         "memory": str(int(quantity(limits["memory"]))),
         # Of all pods on this machine only one can have the port that each would have.
         "metrics-export-port": "8080" if pod.ip == HEAD else "0",
-        "dashboard-agent-listen-port": "52365",
+        "dashboard-agent-listen-port": str(AGENT_HERE),
         **pod.group["rayStartParams"],
         "node-ip-address": pod.ip,
     }

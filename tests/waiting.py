@@ -3,9 +3,11 @@
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 
 def until(
@@ -25,6 +27,16 @@ def reached(url: str) -> bool:
         return httpx.get(url).is_success
     except httpx.TransportError:
         return False
+
+
+def until_ready(url: str, server: psutil.Popen, log: Path, seconds: float) -> None:
+    """Wait until a service takes requests; its log is told where it ends or takes too long."""
+
+    def said() -> str:
+        return log.read_text(errors="replace")[-5000:]
+
+    until(lambda: reached(f"{url}/ready") or server.poll() is not None, seconds, said)
+    assert server.poll() is None, said()
 
 
 def free_port() -> int:

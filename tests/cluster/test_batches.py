@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -23,7 +23,8 @@ from tests.batch_service import (
     upload,
     wait,
 )
-from tests.waiting import free_port, reached, until
+from tests.processes import kill_family
+from tests.waiting import free_port, until_ready
 
 ROOT = Path(__file__).parents[2]
 ROWS = 600
@@ -52,25 +53,16 @@ def started(command: list[str], log: Path) -> Iterator[tuple[str, psutil.Popen]]
     """The application; when the block ends, everything of it is killed at once."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-
-    def said() -> str:
-        return log.read_text(errors="replace")[-5000:]
-
     with log.open("wb") as stream:
         server = psutil.Popen(
             [*command, "--port", str(port)],
             cwd=ROOT, stdout=stream, stderr=stream, env=dict(os.environ),
         )  # fmt: skip
         try:
-            until(lambda: reached(f"{url}/ready") or server.poll() is not None, 120, said)
-            assert server.poll() is None, said()
+            until_ready(url, server, log, 120)
             yield url, server
         finally:
-            family = [*server.children(recursive=True), server]
-            for process in family:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(family, 30)
+            kill_family(server)
 
 
 def test_a_batch_survives_the_death_of_its_runner_and_of_the_whole_application(

@@ -17,29 +17,28 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from jobs.cli import app
+from tests.ray_cluster import ray_cluster
 from tests.small_jobs import prompts, write_lines
+from tests.waiting import free_port
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-PORT = "8279"
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(280)]
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """A Ray cluster of this machine with phi4ray installed; gives where its dashboard is."""
-    address = f"http://127.0.0.1:{PORT}"
-    command = [BIN / "ray", "start", "--head", "--num-cpus=2", f"--dashboard-port={PORT}"]
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    options = "--num-cpus=2", f"--dashboard-port={port}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{BIN}{os.pathsep}{os.environ['PATH']}")
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("RAY_AUTH_MODE", "disabled")  # no token is left on this machine
         patch.setenv("RAY_API_SERVER_ADDRESS", address)
-        subprocess.run([*command, "--port=0", "--disable-usage-stats"], check=True)
-        try:
+        with ray_cluster(*options, environment=os.environ):
             yield address
-        finally:
-            subprocess.run([BIN / "ray", "stop", "--force"], check=True)
 
 
 def phi4ray(*arguments: str, cwd: Path, code: int = 0) -> str:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from tests.online_load import AT_ONCE, load
+from tests.processes import replicas_below
 
 ROOT = Path(__file__).parents[2]
 REQUESTS = 10_000
@@ -123,11 +124,7 @@ def test_what_a_killed_replica_has_not_answered_another_one_does(service: Servic
     killed = 0
     while clients.is_alive():
         time.sleep(3)
-        replicas = [
-            process
-            for process in psutil.Process(service.process.pid).children(recursive=True)
-            if "ServeReplica:phi4:replica" in " ".join(process.cmdline())
-        ]
+        replicas = replicas_below(psutil.Process(service.process.pid))
         if len(replicas) == 3:  # the last one that was killed is replaced
             replicas[killed % 3].kill()
             killed += 1

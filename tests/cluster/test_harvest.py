@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 from ray.util import get_node_ip_address
 
-from phi4ray.exporter import PORTS
 from phi4ray.fake import fake_text
 from phi4ray.storage import join, storage_for
 from phi4ray.train.tiny import make_tiny_model
 from tests.cluster_service import Service
 from tests.online_load import load
+from tests.processes import metrics_ports
 from tests.small_jobs import prompts, write_lines
 from tests.waiting import until
 
@@ -44,10 +44,10 @@ def rows_of(output: str) -> list[dict[str, Any]]:
     ]
 
 
-def told(name: str) -> dict[int, float]:
+def told(service: Service, name: str) -> dict[int, float]:
     """One of the replicas' own metrics, by the ports of their pages."""
     found = {}
-    for port in PORTS:
+    for port in [port for replica in service.replicas() for port in metrics_ports(replica)]:
         with contextlib.suppress(httpx.TransportError):
             page = httpx.get(f"http://{get_node_ip_address()}:{port}/metrics").text
             [line] = [line for line in page.splitlines() if line.startswith(f"{name} ")]
@@ -89,7 +89,7 @@ def test_online_load_and_a_batch_job_while_replicas_are_killed(
         time.sleep(1)
         # The last one that was killed is replaced, and gets requests.
         work = "phi4ray:admitted_requests" if clients.is_alive() else "phi4ray:batch_rows"
-        if sum(count > 0 for count in told(work).values()) == 2:
+        if sum(count > 0 for count in told(service, work).values()) == 2:
             service.replicas()[killed % 2].kill()
             killed += 1
     assert job.returncode == 0, job.communicate()[0]
@@ -118,7 +118,7 @@ def test_draining_replicas_give_batch_rows_up_and_their_successors_answer_them(
         "--input", join(s3_prefix, "in/"), "--output", output, "--shard-rows", "4",
         "--shards-in-flight", "2",
     )  # fmt: skip
-    until(lambda: sum(rows > 0 for rows in told("phi4ray:batch_rows").values()) == 2, 120)
+    until(lambda: sum(rows > 0 for rows in told(service, "phi4ray:batch_rows").values()) == 2, 120)
     answers: list[httpx.Response] = []
 
     def ask() -> None:
@@ -127,12 +127,12 @@ def test_draining_replicas_give_batch_rows_up_and_their_successors_answer_them(
 
     online = threading.Thread(target=ask)
     online.start()
-    until(lambda: sum(told("phi4ray:admitted_requests").values()) == 1, 120)
-    [asked] = [port for port, count in told("phi4ray:admitted_requests").items() if count]
+    until(lambda: sum(told(service, "phi4ray:admitted_requests").values()) == 1, 120)
+    [asked] = [port for port, count in told(service, "phi4ray:admitted_requests").items() if count]
     service.change({**SLOW, "engine": {**SLOW["engine"], "env": {"VERSION": "2"}}})
     # It stays for its online request, and has no batch row meanwhile.
-    until(lambda: told("phi4ray:batch_rows")[asked] == 0, 120)
-    assert told("phi4ray:admitted_requests")[asked] == 1
+    until(lambda: told(service, "phi4ray:batch_rows")[asked] == 0, 120)
+    assert told(service, "phi4ray:admitted_requests")[asked] == 1
     online.join(60)
     assert [answer.status_code for answer in answers] == [200]
     assert job.wait(300) == 0, job.communicate()[0]

@@ -14,23 +14,25 @@ import pytest
 
 from phi4ray.storage import join, storage_for
 from phi4ray.train.tiny import make_tiny_model
+from tests.ray_cluster import ray_cluster
+from tests.waiting import free_port
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 pytestmark = [pytest.mark.cluster, pytest.mark.engine, pytest.mark.timeout(600)]
 
 
-@pytest.fixture
-def cluster(s3_prefix: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def cluster(s3_endpoint: str) -> Iterator[str]:
     """A Ray cluster of this machine, with the AWS variables on it; gives where its dashboard is."""
-    port = "8277"
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # no token is left on this machine
-    command = [BIN / "ray", "start", "--head", "--num-cpus=2", f"--dashboard-port={port}"]
-    subprocess.run([*command, "--port=0", "--disable-usage-stats"], check=True)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        subprocess.run([BIN / "ray", "stop", "--force"], check=True)
+    port = free_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # no token is left on this machine
+        keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+        environment = {**os.environ, **keys, "AWS_ENDPOINT_URL": s3_endpoint}
+        options = "--num-cpus=2", f"--dashboard-port={port}"
+        with ray_cluster(*options, environment=environment):
+            yield f"http://127.0.0.1:{port}"
 
 
 def submit(address: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -15,20 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from ray.util import get_node_ip_address
 
-from phi4ray import exporter
 from phi4ray.serve.tenants import new_key
 from phi4ray.train.tiny import make_tiny_model
+from tests.processes import kill_family, metrics_ports
 from tests.promql import FOLDER, Selector, expressions, panels, rules, selectors
-from tests.waiting import free_port, reached, until
+from tests.ray_cluster import ray_cluster
+from tests.waiting import free_port, reached, until, until_ready
 
 HOST = get_node_ip_address()  # where the cluster's processes listen
 ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
 prometheus = shutil.which("prometheus")
 pytestmark = [pytest.mark.cluster, pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -78,45 +79,33 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     environment = {
         **os.environ, **SERVING,
         "RAY_AUTH_MODE": "disabled",  # no token is left on this machine
-        "RAY_ADDRESS": "auto",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(proxy),
     }  # fmt: skip
-    start = [
-        BIN / "ray", "start", "--head", "--num-cpus=4", "--port=0", "--disable-usage-stats",
-        "--include-dashboard=false",
-        f"--metrics-export-port={ray}",
-    ]  # fmt: skip
-    taken = [port for port in exporter.PORTS if reached(f"http://{HOST}:{port}/metrics")]
+    options = "--num-cpus=4", "--include-dashboard=false", f"--metrics-export-port={ray}"
     keys = {"good": new_key(), "limited": new_key()}
-    started: list[subprocess.Popen[bytes]] = []
+    started: list[psutil.Popen] = []
     with contextlib.ExitStack() as stack:
-        stop = functools.partial(subprocess.run, [BIN / "ray", "stop", "--force"], check=True)
-        stack.callback(stop)
-        subprocess.run(start, check=True, env=environment)
+        cluster = stack.enter_context(ray_cluster(*options, environment=environment))
+        environment["RAY_ADDRESS"] = cluster.address
         with (folder / "log").open("wb") as log:
             for command in (
                 serving(folder, http, {n: one[1] for n, one in keys.items()}),
                 job(folder),
             ):
-                process = subprocess.Popen(
-                    command, cwd=ROOT, env=environment, stdout=log, stderr=log
-                )
-                stack.callback(process.kill)
+                process = psutil.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+                stack.callback(kill_family, process)
                 started.append(process)
             url = f"http://127.0.0.1:{http}"
-            until(lambda: reached(f"{url}/ready") or started[0].poll() is not None, 240)
-            assert started[0].poll() is None, (folder / "log").read_text(errors="replace")[-5000:]
+            until_ready(url, started[0], folder / "log", 240)
             rays = Page("phi4ray-ray", f"127.0.0.1:{ray}")
             # Ray tells what its processes measure only now and then.
             for name in ("batch_rows_total", "desired_replicas", "replicas_bound"):
                 until(functools.partial(has, rays, f"ray_phi4ray_{name}"), 90)
             until(lambda: has(rays, "ray_serve_deployment_replica_healthy"), 90)
-            replicas = [
-                Page("phi4ray-replica", f"{HOST}:{port}")
-                for port in exporter.PORTS
-                if port not in taken and reached(f"http://{HOST}:{port}/metrics")
-            ]
+            family = cluster.process.children(recursive=True)
+            ports = sorted({port for process in family for port in metrics_ports(process)})
+            replicas = [Page("phi4ray-replica", f"{HOST}:{port}") for port in ports]
             proxies = Page("phi4ray-proxy", f"127.0.0.1:{proxy}")
             found = Running(
                 [rays, proxies, *replicas], url, {name: one[0] for name, one in keys.items()}

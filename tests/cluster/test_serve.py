@@ -14,13 +14,14 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 
 from phi4ray.train.tiny import make_tiny_model
-from tests.waiting import free_port, reached, until
+from tests.waiting import free_port, until_ready
 
 ROOT = Path(__file__).parents[2]
 MODEL = "phi-4"
@@ -45,19 +46,15 @@ def base_url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     ]  # fmt: skip
     url = f"http://127.0.0.1:{port}"
 
-    def said() -> str:
-        return (folder / "log").read_text(errors="replace")[-5000:]
-
     with (folder / "log").open("wb") as log:
         environment = os.environ | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2"}
-        server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        server = psutil.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         try:
-            until(lambda: reached(f"{url}/ready") or server.poll() is not None, 300, said)
-            assert server.poll() is None, said()
+            until_ready(url, server, folder / "log", 300)
             yield url
         finally:
             server.send_signal(signal.SIGINT)
-            assert server.wait(120) == 0, said()
+            assert server.wait(120) == 0, (folder / "log").read_text(errors="replace")[-5000:]
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ CONFIG: dict[str, Any] = {
 BUDGET = {**CONFIG, "autoscaling": {**CONFIG["autoscaling"], "batch_replicas": 1}}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def service(request: pytest.FixtureRequest) -> Iterator[Service]:
     found = Service(request.param)
     yield found
@@ -56,20 +56,7 @@ def batch(service: Service, folder: Path) -> "subprocess.Popen[str]":
     )
 
 
-@pytest.mark.parametrize("service", [BUDGET], indirect=True, ids=["budget"])
-def test_a_batch_job_starts_the_first_replica_within_its_budget(
-    service: Service, tmp_path: Path
-) -> None:
-    until(lambda: not service.replicas(), 90)
-    job = batch(service, tmp_path)
-    said = job.communicate(timeout=120)[0]
-    assert job.returncode == 0, said
-    assert "no replica of 'phi4' runs: rows wait for the one that is being started" in said
-    assert "rows 20/20 (100%)" in said
-    until(lambda: not service.replicas(), 90)
-
-
-@pytest.mark.parametrize("service", [CONFIG], indirect=True, ids=["none"])
+@pytest.mark.parametrize("service", [CONFIG], indirect=True, ids=["default"])
 def test_a_batch_job_without_a_budget_says_that_it_waits_for_an_online_request(
     service: Service, tmp_path: Path
 ) -> None:
@@ -81,3 +68,16 @@ def test_a_batch_job_without_a_budget_says_that_it_waits_for_an_online_request(
     body = {"model": "m", "prompt": "hi"}
     assert httpx.post(f"{service.url}/v1/completions", json=body, timeout=90).status_code == 200
     assert job.wait(120) == 0, job.communicate()[0]
+
+
+@pytest.mark.parametrize("service", [BUDGET], indirect=True, ids=["budget"])
+def test_a_batch_job_starts_the_first_replica_within_its_budget(
+    service: Service, tmp_path: Path
+) -> None:
+    until(lambda: not service.replicas(), 90)
+    job = batch(service, tmp_path)
+    said = job.communicate(timeout=120)[0]
+    assert job.returncode == 0, said
+    assert "no replica of 'phi4' runs: rows wait for the one that is being started" in said
+    assert "rows 20/20 (100%)" in said
+    until(lambda: not service.replicas(), 90)

@@ -21,7 +21,9 @@ from phi4ray.errors import EngineDeadError, EngineStartError
 from phi4ray.orphans import MARK
 from phi4ray.protocol import Answer, Json, Replica
 from phi4ray.train.tiny import make_tiny_model
+from tests.processes import lives
 from tests.tiny_engines import tiny_engine
+from tests.waiting import until
 
 T = TypeVar("T")
 CHAT: Endpoint = "/v1/chat/completions"
@@ -218,8 +220,7 @@ def test_a_killed_owner_leaves_no_engine_behind(tmp_path: Path) -> None:
     assert "Worker" in names
     owner.kill()
     owner.wait()
-    gone, alive = psutil.wait_procs(processes, 60)
-    assert (len(gone), alive) == (len(processes), [])
+    until(lambda: not any(map(lives, processes)), 60)
 
 
 @pytest.mark.engine
@@ -273,4 +274,4 @@ def test_what_a_killed_process_started_dies_with_it() -> None:
     child = psutil.Process(int(owner.stdout.readline()))
     owner.kill()
     owner.wait()
-    child.wait(30)
+    until(lambda: not lives(child), 30)

@@ -16,6 +16,7 @@ from phi4ray.storage import join, storage_for
 from phi4ray.train.checkpoints import last_checkpoint
 from phi4ray.train.curve import Point, decode_history
 from tests.chat_models import SUMS, small_model
+from tests.processes import kill_family
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.crash, pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -46,10 +47,7 @@ def test_a_kill_costs_no_step_and_changes_no_weight(s3_prefix: str, tmp_path: Pa
             command(chats, killed, model), cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT
         )
     wait_for_checkpoint(killed, driver, log)
-    processes = [*driver.children(recursive=True), driver]
-    for process in processes:
-        process.kill()
-    psutil.wait_procs(processes, timeout=60)
+    kill_family(driver)
     reached = last_checkpoint(killed)
     assert reached is not None
     assert KILLED_AFTER <= reached.step < STEPS
