@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=64, help="at saturation [64]")
     parser.add_argument("--rate", type=float, default=4.0, help="light requests a second [4]")
     parser.add_argument("--light-requests", type=int, default=100, help="[100]")
+    parser.add_argument("--warmups", type=int, default=32, help="requests before each load [32]")
     parser.add_argument("--repeat", type=int, default=3, help="rounds [3]")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--serve-vllm", type=Path, help=argparse.SUPPRESS)
@@ -63,7 +64,8 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             "backend": "openai", "endpoint": "/v1/completions", "model": NAME,
             "tokenizer": model, "base_url": f"http://127.0.0.1:{PORT}", "dataset_name": "random",
             "random_input_len": prompt, "random_output_len": answer, "ignore_eos": True,
-            "disable_tqdm": True, "num_warmups": 32, "save_result": True, "temperature": 0,
+            "disable_tqdm": True, "num_warmups": arguments.warmups, "save_result": True,
+            "temperature": 0,
         }  # fmt: skip
         loads: dict[str, dict[str, Any]] = {
             "saturation": {
@@ -86,7 +88,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                                 "load": load,
                                 "round": round_,
                                 "failed": found["failed"],
-                                "tokens_per_s": round(found["total_token_throughput"]),
+                                "tokens_per_s": round(found["total_token_throughput"], 1),
                                 "ttft_ms": round(found["median_ttft_ms"], 2),
                                 "tpot_ms": round(found["median_tpot_ms"], 2),
                             }
