@@ -73,8 +73,7 @@ def shards_in_flight(config: BatchConfig, plan: Plan) -> int:
 
 
 def share_of(shards: int, replicas: int, wanted: int) -> int:
-    """Shards that one of so many replicas takes at once: those that start first leave the others
-    their share."""
+    """Shards that a replica takes at once, so that the first to start leave the others theirs."""
     return min(wanted, max(2, -(-shards // replicas)))
 
 

@@ -33,9 +33,10 @@ class Pacer:
 
         `demand` is asked when the row's turn comes: by then, finished rows have taught more.
         """
-        place: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        place: asyncio.Future[float] = loop.create_future()
         heapq.heappush(self._waiting, (rank, next(self._came), demand, place))
-        self._let_in()
+        loop.call_soon(self._let_in)  # or it would pass those that are let in and not awake yet
         try:
             return await place
         except asyncio.CancelledError:
