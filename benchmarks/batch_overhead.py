@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engines import ENGINES, make_model, on_gpus
+from engines import ENGINES, make_model, on_gpus, on_ray
 from rich.console import Console
 from rich.table import Table
 
@@ -140,19 +140,17 @@ def measure(side: str, engine: str, folder: Path) -> dict[str, Any]:
 def run_side(side: str, engine: str, folder: Path) -> None:
     sampling = json.loads((folder / "sampling.json").read_text())
     run = {"bare": bare, "ours": ours, "ray.data.llm": ray_data_llm}[side]
-    result = run(str(folder / "model"), ENGINES[engine], folder / "prompts", sampling, engine)
+    result = run(str(folder / "model"), folder / "prompts", sampling, engine)
     total = result["prompt_tokens"] + result["completion_tokens"]
     print(json.dumps(result | {"tokens_per_s": round(total / result["engine_s"], 1)}))
 
 
-def bare(
-    model: str, engine: dict[str, Any], prompts: Path, sampling: dict[str, Any], kind: str
-) -> dict[str, Any]:
+def bare(model: str, prompts: Path, sampling: dict[str, Any], engine: str) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     rows = [json.loads(line) for line in (prompts / "prompts.jsonl").open()]
     limits = [SamplingParams(**(sampling | row.get("sampling", {}))) for row in rows]
-    llm = LLM(model, **engine)
+    llm = LLM(model, **ENGINES[engine])
     llm.generate(["Hello"], SamplingParams(max_tokens=1), use_tqdm=False)  # as our replicas do
     began = time.monotonic()
     outputs = llm.generate([row["prompt"] for row in rows], limits, use_tqdm=False)
@@ -164,7 +162,7 @@ def bare(
 
 
 def ours(
-    model: str, engine: dict[str, Any], prompts: Path, sampling: dict[str, Any], kind: str,
+    model: str, prompts: Path, sampling: dict[str, Any], engine: str,
     *, replicas: int = 1, limit: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     from cluster.batch import RayExecutor
@@ -173,7 +171,7 @@ def ours(
     from phi4ray.config import batch_config
 
     console = Console(stderr=True)
-    settings = engine | {"model": model} | ({} if on_gpus(kind) else {"num_gpus": 0})
+    settings = on_ray(engine) | {"model": model}
     with tempfile.TemporaryDirectory(prefix="phi4ray-answers-") as output:
         config = batch_config(
             {
@@ -200,7 +198,7 @@ def ours(
 
 
 def ray_data_llm(
-    model: str, engine: dict[str, Any], prompts: Path, sampling: dict[str, Any], kind: str
+    model: str, prompts: Path, sampling: dict[str, Any], engine: str
 ) -> dict[str, Any]:
     import pyarrow.parquet as pq
     import ray.data
@@ -214,7 +212,7 @@ def ray_data_llm(
     ):
         config = vLLMEngineProcessorConfig(
             model_source=model,
-            engine_kwargs=engine,
+            engine_kwargs=ENGINES[engine],
             batch_size=128,
             concurrency=1,
             chat_template_stage=False,
@@ -222,7 +220,7 @@ def ray_data_llm(
             detokenize_stage=False,
             **(
                 {"placement_group_config": {"bundles": [{"CPU": 1}]}, "accelerator_type": None}
-                if not on_gpus(kind)
+                if not on_gpus(engine)
                 else {}
             ),
         )

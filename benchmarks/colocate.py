@@ -36,14 +36,13 @@ from typing import Any
 import httpx
 import yaml
 from batch_overhead import prepare
-from engines import ENGINES, on_gpus
+from engines import ENGINES, on_gpus, on_ray
 from rich.console import Console
 from rich.table import Table
-from serve_overhead import NAME, PORT, serve_vllm
+from serve_overhead import NAME, PORT, URL, serve_vllm
 from servers import answering
 
 ROOT = Path(__file__).resolve().parent.parent
-URL = f"http://127.0.0.1:{PORT}"
 SIDES = ("phi4ray", "priority")
 
 
@@ -231,11 +230,10 @@ class Bench:
         from cluster.environment import SERVING
         from cluster.local import connected
 
-        cpu = not on_gpus(arguments.engine)
         harvest = dict(item.split("=") for item in arguments.set)
         config = {
             "engine": {"model": str(self._folder / "model"), "served_model_name": NAME,
-                       **ENGINES[arguments.engine], **({"num_gpus": 0} if cpu else {})},
+                       **on_ray(arguments.engine)},
             "harvest": {"target_tpot_ms": arguments.target_tpot_ms, **harvest},
             "admission": {"queue_timeout_s": 600},
         }  # fmt: skip
@@ -246,7 +244,7 @@ class Bench:
         command = [
             sys.executable, str(ROOT / "jobs/serve.py"), "--config", str(file), "--port", str(PORT),
         ]  # fmt: skip
-        with connected(num_cpus=4 if cpu else os.cpu_count()):
+        with connected(num_cpus=os.cpu_count() if on_gpus(arguments.engine) else 4):
             address = ray.get_runtime_context().gcs_address
             self._environment = {**os.environ, "RAY_ADDRESS": address}
             with answering(command, URL, self._environment):

@@ -3,21 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+from phi4ray.recipes import find_recipe
+
 _CPU = {
     "max_model_len": 2048,
     "kv_cache_memory_bytes": 1 << 30,
     "max_num_seqs": 256,
     "max_num_batched_tokens": 4096,
 }
-_H200 = {
-    "load_format": "dummy",
-    "quantization": "fp8",
-    "kv_cache_dtype": "fp8",
-    "max_model_len": 16384,
-    "gpu_memory_utilization": 0.9,
-    "max_num_seqs": 1024,
-    "max_num_batched_tokens": 16384,
-}
+_H200 = dict(find_recipe("phi4-fp8-h200").settings["engine"]) | {"load_format": "dummy"}
+del _H200["model"]
 ENGINES: dict[str, dict[str, Any]] = {
     # The tiny model: its engine is so fast that all around it counts several times.
     "cpu": _CPU,
@@ -48,3 +43,8 @@ def make_model(engine: str, folder: Path) -> str:
 def on_gpus(engine: str) -> bool:
     """Whether an engine runs on GPUs, of which Ray is then asked for as many as it takes."""
     return engine.startswith("h200")
+
+
+def on_ray(engine: str) -> dict[str, Any]:
+    """An engine's arguments, and that Ray is to reserve no GPU where it needs none."""
+    return ENGINES[engine] | ({} if on_gpus(engine) else {"num_gpus": 0})

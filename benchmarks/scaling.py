@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from batch_overhead import ours, prepare
-from engines import ENGINES, make_model, on_gpus
+from engines import ENGINES, make_model
 from rich.console import Console
 from rich.table import Table
-from serve_overhead import NAME, PORT
-from servers import answering
+from serve_overhead import bench_options, running
 
 ROOT = Path(__file__).resolve().parent.parent
 DOORS = ("batch", "serve")
@@ -66,7 +65,6 @@ def main() -> None:
 def batch(arguments: argparse.Namespace, folder: Path, gpus: int) -> dict[str, Any]:
     result = ours(
         str(folder / "model"),
-        ENGINES[arguments.engine],
         folder / "prompts",
         json.loads((folder / "sampling.json").read_text()),
         arguments.engine,
@@ -83,25 +81,14 @@ def batch(arguments: argparse.Namespace, folder: Path, gpus: int) -> dict[str, A
 
 def serve(arguments: argparse.Namespace, folder: Path, gpus: int) -> dict[str, Any]:
     model = make_model(arguments.engine, folder / "model")
-    url = f"http://127.0.0.1:{PORT}"
-    settings = ENGINES[arguments.engine] | ({} if on_gpus(arguments.engine) else {"num_gpus": 0})
-    pairs = [f"{key}={value}" for key, value in settings.items()]
-    command = [
-        sys.executable, str(ROOT / "jobs" / "serve.py"), "--model", model, "--port", str(PORT),
-        "--served-model-name", NAME, "--min-replicas", str(gpus), "--max-replicas", str(gpus),
-        "--engine-arg", *pairs,
-    ]  # fmt: skip
-    with answering(command, url, dict(os.environ)):
+    options = bench_options(model, arguments.serve_shape) | {
+        "num_prompts": arguments.requests, "max_concurrency": arguments.concurrency,
+    }  # fmt: skip
+    with running("phi4ray", arguments.engine, model, gpus):
         wait_for_replicas(gpus)
-        prompt, answer = arguments.serve_shape.split("x")
         clients = []
         for client in range(gpus):
-            asked = {
-                "backend": "openai", "endpoint": "/v1/completions", "model": NAME,
-                "tokenizer": model, "base_url": url, "dataset_name": "random",
-                "random_input_len": prompt, "random_output_len": answer, "ignore_eos": True,
-                "disable_tqdm": True, "num_warmups": 32, "save_result": True, "temperature": 0,
-                "num_prompts": arguments.requests, "max_concurrency": arguments.concurrency,
+            asked = options | {
                 "seed": client, "result_filename": str(folder / f"{gpus}-{client}.json"),
             }  # fmt: skip
             overhead = str(ROOT / "benchmarks" / "serve_overhead.py")

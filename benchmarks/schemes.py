@@ -93,7 +93,7 @@ def run(scheme: str, folder: Path) -> None:
 
     rows = [json.loads(line)["prompt"] for line in (folder / "prompts/prompts.jsonl").open()]
     sampling = SamplingParams(**json.loads((folder / "sampling.json").read_text()))
-    llm = LLM(str(folder / "model"), dtype="bfloat16", **(ENGINES["h200"] | SCHEMES[scheme]))
+    llm = LLM(str(folder / "model"), **(ENGINES["h200"] | SCHEMES[scheme]))
     llm.generate(["Hello"], SamplingParams(max_tokens=1), use_tqdm=False)
     began = time.monotonic()
     outputs = llm.generate(rows, sampling, use_tqdm=False)

@@ -20,13 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from engines import ENGINES, make_model, on_gpus
+from engines import ENGINES, make_model, on_ray
 from rich.console import Console
 from rich.table import Table
 from servers import answering
 
 ROOT = Path(__file__).resolve().parent.parent
 PORT = 8123
+URL = f"http://127.0.0.1:{PORT}"
 SIDES = ("vllm", "phi4ray")
 NAME = "phi-4"
 
@@ -59,14 +60,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     results = []
     with tempfile.TemporaryDirectory(prefix="phi4ray-") as name:
         model = make_model(arguments.engine, Path(name) / "model")
-        prompt, answer = arguments.shape.split("x")
-        every = {
-            "backend": "openai", "endpoint": "/v1/completions", "model": NAME,
-            "tokenizer": model, "base_url": f"http://127.0.0.1:{PORT}", "dataset_name": "random",
-            "random_input_len": prompt, "random_output_len": answer, "ignore_eos": True,
-            "disable_tqdm": True, "num_warmups": arguments.warmups, "save_result": True,
-            "temperature": 0,
-        }  # fmt: skip
+        every = bench_options(model, arguments.shape) | {"num_warmups": arguments.warmups}
         loads: dict[str, dict[str, Any]] = {
             "saturation": {
                 "num_prompts": arguments.requests, "max_concurrency": arguments.concurrency,
@@ -97,19 +91,30 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
+def bench_options(model: str, shape: str) -> dict[str, Any]:
+    """What every load asks of `vllm bench serve`."""
+    prompt, answer = shape.split("x")
+    return {
+        "backend": "openai", "endpoint": "/v1/completions", "model": NAME,
+        "tokenizer": model, "base_url": URL, "dataset_name": "random",
+        "random_input_len": prompt, "random_output_len": answer, "ignore_eos": True,
+        "disable_tqdm": True, "num_warmups": 32, "save_result": True, "temperature": 0,
+    }  # fmt: skip
+
+
 @contextmanager
-def running(side: str, engine: str, model: str) -> Iterator[None]:
+def running(side: str, engine: str, model: str, replicas: int = 1) -> Iterator[None]:
     """Have one side's server run; it is ready inside the block."""
     if side == "vllm":
         command = [sys.executable, __file__, "--engine", engine, "--serve-vllm", model]
     else:
-        settings = ENGINES[engine] | ({} if on_gpus(engine) else {"num_gpus": 0})
-        pairs = [f"{key}={value}" for key, value in settings.items()]
+        pairs = [f"{key}={value}" for key, value in on_ray(engine).items()]
         command = [
             sys.executable, str(ROOT / "jobs" / "serve.py"), "--model", model, "--port", str(PORT),
-            "--served-model-name", NAME, "--max-replicas", "1", "--engine-arg", *pairs,
+            "--served-model-name", NAME, "--min-replicas", str(replicas),
+            "--max-replicas", str(replicas), "--engine-arg", *pairs,
         ]  # fmt: skip
-    with answering(command, f"http://127.0.0.1:{PORT}", dict(os.environ)):
+    with answering(command, URL, dict(os.environ)):
         yield
 
 
