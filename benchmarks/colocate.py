@@ -15,6 +15,8 @@ One service, asked in turn:
 And `--spike` requests in one moment, alone and while the job fills the replica: how much later
 their first tokens come is what it takes to get the KV cache back.
 Throughput counts prompt and answer tokens of what was finished between a phase's begin and end.
+What online traffic leaves is the capacity without the tokens that it had in that time, those of
+requests that were not finished yet included.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import httpx
 import yaml
 from batch_overhead import prepare
@@ -95,10 +98,13 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 keep("phi4ray", "online alone", **asyncio.run(bench.online(batch=False)))
                 keep("phi4ray", "spike alone", **asyncio.run(bench.spike()))
                 with bench.job():
+                    aborted = bench.aborted()
                     keep("phi4ray", "both", **asyncio.run(bench.online(batch=True)))
-                    time.sleep(1)
+                    keep("phi4ray", "made way", rows=bench.aborted() - aborted)
+                    time.sleep(5)
+                    aborted = bench.aborted()
                     keep("phi4ray", "spike on batch", **asyncio.run(bench.spike()))
-                    keep("phi4ray", "made way", rows=bench.metric("phi4ray:batch_aborted_rows"))
+                    keep("phi4ray", "made way", rows=bench.aborted() - aborted)
         if "priority" in arguments.sides:
             with bench.vllm():
                 keep("priority", "both", **asyncio.run(bench.online(batch=True, fill=True)))
@@ -119,19 +125,25 @@ class Bench:
         self._folder = folder
         self.capacity: float = arguments.capacity or 0.0
         self._asked = 0
+        self._answered = 0
+        """Tokens of online requests that came: of a prompt with its first answer token."""
 
-    def metric(self, name: str) -> float:
-        """The sum of a metric's samples."""
+    def metric(self, name: str, label: str = "") -> float:
+        """The sum of a metric's samples, of those with a label where one is given."""
         lines = httpx.get(f"{URL}/metrics", timeout=30).text.splitlines()
         return sum(
             float(line.rsplit(" ", 1)[1])
             for line in lines
-            if line.startswith((f"{name} ", f"{name}{{"))
+            if line.startswith((f"{name} ", f"{name}{{")) and label in line
         )
 
     def finished(self) -> float:
         """Requests and rows that the engine answered to their end."""
-        return self.metric("vllm:request_generation_tokens_sum") / self._answer
+        return self.metric("vllm:request_success_total", 'finished_reason="length"')
+
+    def aborted(self) -> float:
+        """Rows that made way."""
+        return self.metric("phi4ray:batch_aborted_rows")
 
     def computed(self) -> float:
         """Requests' worth of tokens that the engine computed."""
@@ -156,23 +168,24 @@ class Bench:
             share = arguments.burst if burst else arguments.base
             at += chance.expovariate(share * self.capacity)
             moments.append(at)
-        limits = httpx.Limits(max_keepalive_connections=0)  # servers close idle ones
-        async with httpx.AsyncClient(base_url=URL, timeout=None, limits=limits) as client:
+        async with client() as session:
             fillers = [
-                asyncio.create_task(self._fill(client, n))
+                asyncio.create_task(self._fill(session, n))
                 for n in range(ENGINES[arguments.engine]["max_num_seqs"] if fill else 0)
             ]
             await asyncio.sleep(arguments.alone_s if batch else 1)  # until batch is under way
             before, began = await asyncio.to_thread(self.finished), time.monotonic()
+            answered = self._answered
             timings: list[tuple[float, float]] = []
 
             async def one(moment: float) -> None:
                 await asyncio.sleep(began + moment - time.monotonic())
-                timings.append(await self._ask(client))
+                timings.append(await self._ask(session))
 
             asked = [asyncio.create_task(one(moment)) for moment in moments]
             await asyncio.sleep(began + arguments.seconds - time.monotonic())
             done, seconds = len(timings), time.monotonic() - began
+            answered = self._answered - answered
             total = await asyncio.to_thread(self.finished) - before
             await asyncio.gather(*asked)
             for filler in fillers:
@@ -180,6 +193,7 @@ class Bench:
             await asyncio.gather(*fillers, return_exceptions=True)
         return {
             "online": done / seconds, "batch": (total - done) / seconds,
+            "online_computed": answered / self._tokens / seconds,
             "aimed": sum(m < arguments.seconds for m in moments) / arguments.seconds,
             **quantiles("ttft", [ttft for ttft, _ in timings]),
             **quantiles("tpot", [tpot for _, tpot in timings]),
@@ -187,13 +201,12 @@ class Bench:
 
     async def spike(self) -> dict[str, float]:
         """So many requests in one moment."""
-        limits = httpx.Limits(max_keepalive_connections=0)  # servers close idle ones
-        async with httpx.AsyncClient(base_url=URL, timeout=None, limits=limits) as client:
-            asked = (self._ask(client) for _ in range(self._arguments.spike))
+        async with client() as session:
+            asked = (self._ask(session) for _ in range(self._arguments.spike))
             timings = await asyncio.gather(*asked)
         return quantiles("ttft", [ttft for ttft, _ in timings])
 
-    async def _ask(self, client: httpx.AsyncClient) -> tuple[float, float]:
+    async def _ask(self, session: aiohttp.ClientSession) -> tuple[float, float]:
         """One streamed completion; gives seconds to its first token, and for each further one."""
         self._asked += 1  # or the prefix cache would know it from an earlier phase
         prompt = f"online {self._asked} {self._prompts[self._asked % len(self._prompts)]}"
@@ -203,22 +216,23 @@ class Bench:
         }  # fmt: skip
         asked = time.monotonic()
         first = last = 0.0
-        async with client.stream("POST", "/v1/completions", json=body) as stream:
-            stream.raise_for_status()
-            async for chunk in stream.aiter_raw():
-                if b"data: {" in chunk:
+        async with session.post("/v1/completions", json=body, raise_for_status=True) as stream:
+            async for chunk in stream.content.iter_any():
+                if tokens := chunk.count(b"data: {"):
                     last = time.monotonic()
+                    self._answered += tokens + (0 if first else self._tokens - self._answer)
                     first = first or last
         return first - asked, (last - first) / max(1, self._answer - 1)
 
-    async def _fill(self, client: httpx.AsyncClient, number: int) -> None:
+    async def _fill(self, session: aiohttp.ClientSession, number: int) -> None:
         body = {
             "model": NAME, "max_tokens": self._answer, "temperature": 0, "ignore_eos": True,
             "priority": 1000,
         }  # fmt: skip
         while True:
             body["prompt"] = f"{number} " + self._prompts[number % len(self._prompts)]
-            (await client.post("/v1/completions", json=body)).raise_for_status()
+            async with session.post("/v1/completions", json=body, raise_for_status=True) as reply:
+                await reply.read()
             number += 7919
 
     @contextmanager
@@ -292,6 +306,15 @@ class Bench:
                 time.sleep(1)
 
 
+def client() -> aiohttp.ClientSession:
+    """As many connections as it takes, none kept: servers close idle ones."""
+    return aiohttp.ClientSession(
+        URL,
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        timeout=aiohttp.ClientTimeout(),
+    )
+
+
 def quantiles(name: str, values: list[float]) -> dict[str, float]:
     """Median, 95th and 99th percentile in milliseconds."""
     cuts = statistics.quantiles(values, n=100, method="inclusive")
@@ -319,7 +342,7 @@ def show(found: list[dict[str, Any]]) -> None:
     for side in ("phi4ray", "priority"):
         both = by.get((side, "both"))
         if alone and both and capacity:
-            left = capacity["batch"] - both["online"]
+            left = capacity["batch"] - both["online_computed"]
             console.print(
                 f"{side}: p99 TTFT {both['ttft_p99_ms'] / alone['ttft_p99_ms']:.2f}x, "
                 f"p99 TPOT {both['tpot_p99_ms'] / alone['tpot_p99_ms']:.2f}x of online alone; "

@@ -1,13 +1,14 @@
-"""Throughput of one, two, four, … GPUs of one machine: one replica each, behind both doors.
+"""Throughput of one, two, four, … GPUs of one machine, behind both doors.
 
     python benchmarks/scaling.py --engine h200 --gpus 1 2 4
+    python benchmarks/scaling.py --engine h200-tp2 --gpus 2
 
-The batch job has `--rows` for each GPU, and its throughput is that of the engine phase: from the
-moment when the first replica is ready to the last durable part, so that replicas which start later
-and shards which end last count against it. The service is asked by `vllm bench serve`, one process
-of it a GPU, each with `--requests` of which `--concurrency` are under way; throughput is the sum of
-tokens by the time of the longest. Efficiency is throughput by that of the first number of GPUs,
-GPU by GPU.
+Each GPU has a replica, or each pair of them one that is split over both. The batch job has `--rows`
+for each replica, and its throughput is that of the engine phase: from the moment when the first
+replica is ready to the last durable part, so that replicas which start later and shards which end
+last count against it. The service is asked by `vllm bench serve`, one process of it a replica, each
+with `--requests` of which `--concurrency` are under way; throughput is the sum of tokens by the
+time of the longest. Efficiency is throughput by that of the first number of GPUs, GPU by GPU.
 """
 
 import argparse
@@ -39,12 +40,14 @@ def main() -> None:
     add("--gpus", type=int, nargs="+", default=[1, 2, 4], help="how many, in this order")
     add("--doors", nargs="+", choices=DOORS, default=list(DOORS))
     add("--shape", default="ragged:512x256", help="of the batch job's rows, see batch_overhead.py")
-    add("--rows", type=int, default=2048, help="for each GPU [2048]")
+    add("--rows", type=int, default=2048, help="for each replica [2048]")
     add("--serve-shape", default="512x128", help="prompt x answer tokens [512x128]")
-    add("--requests", type=int, default=1000, help="for each GPU [1000]")
-    add("--concurrency", type=int, default=256, help="for each GPU [256]")
+    add("--requests", type=int, default=1000, help="for each replica [1000]")
+    add("--concurrency", type=int, default=256, help="for each replica [256]")
     arguments = parser.parse_args()
     measure = {"batch": batch, "serve": serve}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(64)))
+    each = ENGINES[arguments.engine].get("tensor_parallel_size", 1)
     found = []
     with tempfile.TemporaryDirectory(prefix="phi4ray-") as name:
         if "batch" in arguments.doors:
@@ -53,23 +56,23 @@ def main() -> None:
         for door in arguments.doors:
             for gpus in arguments.gpus:
                 # What Ray takes for the GPUs of the machine.
-                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(gpus)))
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[:gpus])
                 began = time.monotonic()
-                result = measure[door](arguments, Path(name), gpus)
+                result = measure[door](arguments, Path(name), gpus // each)
                 wall = {"wall_s": round(time.monotonic() - began, 1)}
                 found.append({"door": door, "gpus": gpus} | result | wall)
                 print(json.dumps(found[-1]), flush=True)
     show(found)
 
 
-def batch(arguments: argparse.Namespace, folder: Path, gpus: int) -> dict[str, Any]:
+def batch(arguments: argparse.Namespace, folder: Path, replicas: int) -> dict[str, Any]:
     result = ours(
         str(folder / "model"),
         folder / "prompts",
         json.loads((folder / "sampling.json").read_text()),
         arguments.engine,
-        replicas=gpus,
-        limit=gpus * arguments.rows,
+        replicas=replicas,
+        limit=replicas * arguments.rows,
     )
     tokens = result["prompt_tokens"] + result["completion_tokens"]
     return {
@@ -79,17 +82,17 @@ def batch(arguments: argparse.Namespace, folder: Path, gpus: int) -> dict[str, A
     }
 
 
-def serve(arguments: argparse.Namespace, folder: Path, gpus: int) -> dict[str, Any]:
+def serve(arguments: argparse.Namespace, folder: Path, replicas: int) -> dict[str, Any]:
     model = make_model(arguments.engine, folder / "model")
     options = bench_options(model, arguments.serve_shape) | {
         "num_prompts": arguments.requests, "max_concurrency": arguments.concurrency,
     }  # fmt: skip
-    with running("phi4ray", arguments.engine, model, gpus):
-        wait_for_replicas(gpus)
+    with running("phi4ray", arguments.engine, model, replicas):
+        wait_for_replicas(replicas)
         clients = []
-        for client in range(gpus):
+        for client in range(replicas):
             asked = options | {
-                "seed": client, "result_filename": str(folder / f"{gpus}-{client}.json"),
+                "seed": client, "result_filename": str(folder / f"{replicas}-{client}.json"),
             }  # fmt: skip
             overhead = str(ROOT / "benchmarks" / "serve_overhead.py")
             clients.append(
@@ -100,7 +103,7 @@ def serve(arguments: argparse.Namespace, folder: Path, gpus: int) -> dict[str, A
             )
         codes = [client.wait() for client in clients]
         assert not any(codes), codes
-    said = [json.loads((folder / f"{gpus}-{n}.json").read_text()) for n in range(gpus)]
+    said = [json.loads((folder / f"{replicas}-{n}.json").read_text()) for n in range(replicas)]
     tokens = sum(one["total_input_tokens"] + one["total_output_tokens"] for one in said)
     seconds = max(one["duration"] for one in said)
     return {

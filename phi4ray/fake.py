@@ -41,7 +41,7 @@ class FakeReplica:
         self._failures: dict[str, int] = {}
         self._dead = False
         self.on_finished: Callable[[str, int, int], None] | None = None
-        self.on_step: Callable[[int, float | None], None] | None = None
+        self.on_step: Callable[[int, float | None, int], None] | None = None
         self.app: Any = fake_app(self, config.model_name, chunk_s, self._finished)
 
     def _finished(self, engine_id: str, usage: Json) -> None:
@@ -86,7 +86,7 @@ class FakeReplica:
             self._running -= 1
             self._used_tokens -= prompt_tokens + max_tokens
         if self.on_step is not None:
-            self.on_step(self._running, None)
+            self.on_step(self._running, None, 1)
         self._served += 1
         if self._die_after is not None and self._served >= self._die_after:
             self._dead = True

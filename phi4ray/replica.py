@@ -57,7 +57,7 @@ class VllmReplica:
         """vLLM's ASGI application, once started."""
         self.on_finished: Callable[[str, int, int], None] | None = None
         """Told of each sequence that finished; not with `disable_log_stats`."""
-        self.on_step: Callable[[int, float | None], None] | None = None
+        self.on_step: Callable[[int, float | None, int], None] | None = None
         """Told of each step; not with `disable_log_stats`."""
         self._engine: AsyncLLM | None = None
         self._vllm_config: VllmConfig | None = None
@@ -162,7 +162,8 @@ class VllmReplica:
                 if replica.on_step is not None:
                     latencies = iteration_stats.inter_token_latencies_iter
                     mean_s = sum(latencies) / len(latencies) if latencies else None
-                    replica.on_step(replica._stats.num_running_reqs, mean_s)
+                    begun = len(iteration_stats.time_to_first_tokens_iter)
+                    replica.on_step(replica._stats.num_running_reqs, mean_s, begun)
 
         return LatestStats
 

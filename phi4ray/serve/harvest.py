@@ -49,7 +49,7 @@ class Harvest:
         self._admission = admission
         self._clock = clock
         self._recent = RecentPeak(config.reserve_half_life_s)
-        self._control = StepControl(config.target_tpot_ms / 1e3, config.prefill_tokens)
+        self._control = self._new_control()
         self._queue: FairQueue[_Row] = FairQueue()
         self._jobs: dict[str, int] = {}
         self._rows: set[_Row] = set()
@@ -58,6 +58,9 @@ class Harvest:
         self._online_at_s: float | None = None
         self._idle = True
         admission.on_change = self.update
+
+    def _new_control(self) -> StepControl:
+        return StepControl(self.config.target_tpot_ms / 1e3, self.config.prefill_tokens)
 
     @property
     def rows(self) -> int:
@@ -116,12 +119,10 @@ class Harvest:
             row.wake.cancel()
             self._give_back(row)
 
-    def step(self, running: int, token_latency_s: float | None) -> None:
-        """Take note of one step of the engine: its sequences, and their time since the last."""
-        if token_latency_s:
-            self._control.observe(token_latency_s, running)
-        else:
-            self._control.rest()
+    def step(self, running: int, token_latency_s: float | None, begun: int) -> None:
+        """Take note of a step of the engine; see `phi4ray.protocol.OnlineReplica.on_step`."""
+        if not self._idle:
+            self._control.observe(token_latency_s, running, begun)
         self.update()
 
     def update(self) -> None:
@@ -149,7 +150,10 @@ class Harvest:
         if self._online():
             self._online_at_s = now
         since_s = self._online_at_s
-        self._idle = since_s is None or now - since_s > self.config.idle_s
+        idle = since_s is None or now - since_s > self.config.idle_s
+        if self._idle and not idle:
+            self._control = self._new_control()  # steps of a full engine tell nothing
+        self._idle = idle
         return slack(
             self.config,
             capacity_tokens=online.capacity_tokens,
@@ -166,7 +170,8 @@ class Harvest:
         row.begun = next(self._begun)
         self._rows.add(row)
         self.tokens += row.tokens
-        self._control.feed(row.prompt_tokens)
+        if not self._idle:
+            self._control.feed(row, row.prompt_tokens)
         row.wake.set_result(None)
 
     def _give_back(self, row: _Row) -> None:
@@ -176,11 +181,13 @@ class Harvest:
 
     def _remove(self, row: _Row) -> None:
         self._rows.remove(row)
+        self._control.forget(row)
         self.tokens = self.tokens - row.tokens if self._rows else 0.0
 
     def _shrink(self, room: Slack) -> None:
         """Abort down to where rows are handed over, or the next request would abort again."""
         least = 0 if self._online() else 1
+        self._control.shrunk()
         for row in sorted(self._rows, key=lambda row: (-row.priority, -row.begun)):
             if self.rows <= least or (self.tokens <= room.tokens and self.rows <= room.sequences):
                 return

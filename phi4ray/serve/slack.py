@@ -12,6 +12,7 @@ While there has been no online request for some time none of it holds, and batch
 """
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from pydantic import Field
@@ -21,13 +22,16 @@ from phi4ray.config import Config
 STEP_MEMORY_S = 0.25
 """Over so long a time a step's length is averaged: a request feels the mean of many steps."""
 
-GROWTH = 1.1
-"""By what the prompt tokens of a step grow and shrink at most from one step to the next."""
+LONGEST_STEP = 3.0
+"""A step with prompts of batch rows may last so many times the time per output token."""
+
+GROWTH = 1.2
+"""By what the prompts that are fed at once grow at most, each time."""
 
 LEAST_TOKENS = 16.0
 """And the fewest that they shrink to: so they grow back within seconds."""
 
-TOLERANCE = 1.1
+TOLERANCE = 1.05
 """Steps that are longer by less than this cost no row its place."""
 
 IDLE_OVERSUBSCRIBE = 1.25
@@ -71,20 +75,31 @@ class RecentPeak:
 
 
 class StepControl:
-    """Feeds batch rows to the engine so that its steps last no longer than they may.
+    """Feeds batch rows to the engine so that its steps last no longer, in the mean, than they may.
 
-    A step lasts as long as its sequences' next tokens and its prompts' tokens take together. The
-    prompts are what can be held back without losing anything, so they are controlled first: each
-    step earns a credit of prompt tokens, which grows while steps are short and shrinks while they
-    are long. Only when nothing was fed for a while and steps are still too long, as when online
-    requests come in numbers, rows must go: so many that the rest makes steps of the right length.
+    A step lasts as long as its sequences' next tokens and its prompts' tokens take together, and a
+    fixed time more if there are prompts at all (11 ms on an H200, beside 27 ms for a thousand of
+    their tokens: benchmarks/RESULTS.md). So prompts are fed many at once and not with each step:
+    what a step is longer than its target is a debt, which shorter steps pay back, and without debt
+    the next lump is due. A lump is as large as makes a step of `LONGEST_STEP` targets, which an
+    online request may have to wait for.
+
+    Rows take their time through the front end. One lump at a time is on that way: else a front end
+    with much to do would gather several, and the engine get them all in one step.
+
+    Only when nothing was fed for a while and steps are still too long, as when online requests come
+    in numbers, rows must go: so many that the rest makes steps of the right length.
     """
 
     def __init__(self, target_s: float, most_tokens: int) -> None:
         self._target_s = target_s
         self._most_tokens = most_tokens
-        self._step_tokens = float(most_tokens)
+        self._lump_tokens = float(most_tokens)
+        self._longest_s = 0.0  # of the steps since the lump was fed
         self._credit = float(most_tokens)
+        self._debt_s = 0.0
+        self._unseen: dict[Hashable, None] = {}
+        """Rows that were fed and are not in a step yet, oldest first."""
         # Of the last steps: how many, how long, with how many sequences; old ones fade.
         self._steps = 0.0
         self._seconds = 0.0
@@ -96,35 +111,59 @@ class StepControl:
         """Whether another prompt may be fed."""
         return self._credit > 0
 
-    def feed(self, prompt_tokens: float) -> None:
+    def feed(self, row: Hashable, prompt_tokens: float) -> None:
         """Spend credit on a row; a long prompt overdraws it, and the next ones wait longer."""
         self._credit -= prompt_tokens
-        self._unfed_s = 0.0
+        self._unseen[row] = None
 
-    def rest(self) -> None:
-        """Earn what one step earns: of an engine that cannot tell how long it took."""
-        self._credit = min(self._credit + self._step_tokens, self._step_tokens)
+    def forget(self, row: Hashable) -> None:
+        """A row has ended or gone, whether the engine had begun it or not."""
+        self._unseen.pop(row, None)
 
-    def observe(self, step_s: float, running: int) -> None:
-        """Count one step: its length, and the sequences in it."""
+    def observe(self, step_s: float | None, running: int, begun: int) -> None:
+        """Count one step: its length, the sequences in it, and how many had their first token.
+
+        No length: there was no sequence that could have waited for its next token.
+        """
+        if step_s is not None:
+            self._remember(step_s, running)
+        if self._unseen:
+            self._look_out(begun)
+        if not self._unseen and not self._debt_s:
+            self._credit = min(self._credit, 0.0) + self._lump_tokens
+
+    def _remember(self, step_s: float, running: int) -> None:
         kept = math.exp(-step_s / STEP_MEMORY_S)
         self._steps = kept * self._steps + 1
         self._seconds = kept * self._seconds + step_s
         self._sequences = kept * self._sequences + running
         self._unfed_s += step_s
-        if self._too_long <= 1:
-            self._step_tokens = min(self._most_tokens, GROWTH * self._step_tokens)
-            self.rest()
-        else:
-            share = max(1 / GROWTH, 1 / self._too_long)
-            self._step_tokens = max(LEAST_TOKENS, share * self._step_tokens)
+        self._longest_s = max(self._longest_s, step_s)
+        self._debt_s = min(STEP_MEMORY_S, max(0.0, self._debt_s + step_s - self._target_s))
+
+    def _look_out(self, begun: int) -> None:
+        """See the lump arrive, and make the next one larger or smaller by how long that took."""
+        self._unfed_s = 0.0
+        # Online requests count as well, which lets the next lump go a little early.
+        for row in list(self._unseen)[:begun]:
+            del self._unseen[row]
+        if self._unseen:
+            return
+        too_long = self._longest_s / (LONGEST_STEP * self._target_s)
+        change = min(GROWTH, max(1 / GROWTH**4, 1 / too_long)) if too_long else GROWTH
+        self._lump_tokens = max(LEAST_TOKENS, min(self._most_tokens, change * self._lump_tokens))
+        self._longest_s = 0.0
 
     @property
     def keep(self) -> float:
         """Sequences, online ones included, that may stay."""
-        if self._too_long <= TOLERANCE or self._unfed_s < 2 * STEP_MEMORY_S:
+        if self._too_long <= TOLERANCE or self._unfed_s < STEP_MEMORY_S:
             return math.inf
         return self._sequences / self._steps / self._too_long
+
+    def shrunk(self) -> None:
+        """Rows have gone: whether more must go, only steps without them tell."""
+        self._steps = self._seconds = self._sequences = self._unfed_s = 0.0
 
     @property
     def _too_long(self) -> float:

@@ -118,7 +118,7 @@ def test_rows_that_made_way_go_first_when_there_is_room_again() -> None:
         engine.row("later")
         await finish()
         engine.now += 60
-        engine.harvest.step(3, 0.001)
+        engine.harvest.step(3, 0.001, 3)
         await settle()
         assert engine.begun[10:] == [*names(10)[3:], "later"]
         for name in (*names(10), "later"):
@@ -150,7 +150,10 @@ def test_beside_online_requests_a_step_gets_only_so_many_prompt_tokens() -> None
             engine.row(name, prompt=60)
         await settle()
         assert sorted(engine.running) == names(2)
-        engine.harvest.step(3, 0.001)
+        engine.harvest.step(3, 0.001, 1)
+        await settle()
+        assert sorted(engine.running) == names(2)  # the other one is still on its way
+        engine.harvest.step(3, 0.001, 1)
         await settle()
         assert sorted(engine.running) == names(4)
 
@@ -164,7 +167,7 @@ def test_rows_yield_when_steps_get_longer_than_online_requests_may_wait() -> Non
             engine.row(name)
         await engine.online(10)
         for _ in range(200):
-            engine.harvest.step(41, 0.1)  # twice as long as they may be
+            engine.harvest.step(41, 0.1, 0)  # twice as long as they may be
         await settle()
         assert len(engine.running) == 19  # 20.5 sequences, one of them online
         assert sorted(engine.running) == names(19)
@@ -306,7 +309,7 @@ def test_whatever_happens_online_fits_first_and_no_row_is_lost(life: list[tuple[
             elif event == "leave" and online and not engine.admission.crowded:
                 await online.pop(0)()
             elif event == "step":
-                engine.harvest.step(engine.harvest.rows, size / 10_000)
+                engine.harvest.step(engine.harvest.rows, size / 10_000, size % 4)
             await settle()
             held = engine.harvest.tokens + engine.admission.used_tokens
             if engine.admission.running and engine.harvest.rows:
