@@ -27,7 +27,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 from engines import ENGINES, make_model
 from rich.console import Console
@@ -131,7 +130,6 @@ def engine(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     more = {name: json.loads(value) for name, value in pairs}
     if arguments.sleep:
         more["enable_sleep_mode"] = True
-        settings["env"] = {**settings.get("env", {}), "VLLM_SERVER_DEV_MODE": "1"}
     settings["engine_args"] = {**settings.get("engine_args", {}), **more}
     return {**settings, "served_model_name": "phi-4"}
 
@@ -153,22 +151,20 @@ async def start(settings: dict[str, Any]) -> None:
     answer = await replica.complete("/v1/completions", body)
     assert answer.status == 200, answer.body
     print(f"@@ answered, CPU {cpu_s():.2f} s", flush=True)
-    if settings["engine_args"].get("enable_sleep_mode"):
+    if replica.can_sleep:
         await sleep_and_wake(replica)
     await replica.stop()
     print("@@ stopped", flush=True)
 
 
 async def sleep_and_wake(replica: Any) -> None:
-    transport = httpx.ASGITransport(app=replica.app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
-        (await client.post("/sleep?level=1", timeout=None)).raise_for_status()
-        print("@@ asleep", flush=True)
-        (await client.post("/wake_up", timeout=None)).raise_for_status()
-        body = {"model": "phi-4", "prompt": "Hello again", "max_tokens": 1}
-        answer = await replica.complete("/v1/completions", body)
-        assert answer.status == 200, answer.body
-        print("@@ awake", flush=True)
+    await replica.sleep()
+    print("@@ asleep", flush=True)
+    await replica.wake()
+    body = {"model": "phi-4", "prompt": "Hello again", "max_tokens": 1}
+    answer = await replica.complete("/v1/completions", body)
+    assert answer.status == 200, answer.body
+    print("@@ awake", flush=True)
 
 
 def measure(config: dict[str, Any], caches: Path, log: Path | None) -> dict[str, float]:

@@ -62,7 +62,7 @@ class Phi4Replica:
         log_to_stderr()
         # Ray allows as many threads as the actor has CPUs; vLLM knows better what it needs.
         os.environ.pop("OMP_NUM_THREADS", None)
-        self._replica: Any = make_replica(_shared(config.engine))
+        self._replica: Any = make_replica(engine_of(config))
         # Before the engine: one that cannot start is seen as well.
         export_metrics(ray.util.get_node_ip_address())
         await self._replica.start()
@@ -78,7 +78,11 @@ class Phi4Replica:
                     config.autoscaling.widest[1],
                 )
             )
-        host = ShardHost(here.replica_id.unique_id, config.engine, self._replica, self._app.harvest)
+        host = ShardHost(
+            here.replica_id.unique_id, config.engine, self._app.batch_replica, self._app.harvest
+        )
+        if self._app.sleeper is not None:
+            self._sleeping = asyncio.create_task(self._app.sleeper.watch())
         self._hosting = asyncio.create_task(host_shards(config.name, host))
         self._draining = asyncio.create_task(follow_draining(here.replica_id, host.drain))
 
@@ -128,12 +132,18 @@ class Phi4Replica:
         }
 
 
-def _shared(engine: EngineConfig) -> EngineConfig:
-    """The engine's configuration with which batch rows stand behind online requests."""
-    if engine.kind != "vllm":
-        return engine
-    arguments = {"scheduling_policy": "priority", **engine.engine_args}
-    return engine.model_copy(update={"engine_args": arguments})
+def engine_of(config: ServeConfig) -> EngineConfig:
+    """The engine's configuration with what serving needs.
+
+    Batch rows stand behind online requests, and where replicas are to sleep the engine must know.
+    """
+    engine = config.engine
+    wanted: dict[str, Any] = {}
+    if engine.kind == "vllm":
+        wanted["scheduling_policy"] = "priority"
+    if config.autoscaling.sleep_delay_s is not None:
+        wanted["enable_sleep_mode"] = True
+    return engine.model_copy(update={"engine_args": {**wanted, **engine.engine_args}})
 
 
 def application(config: ServeConfig) -> serve.Application:

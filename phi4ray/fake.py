@@ -22,7 +22,7 @@ class FakeReplica:
     `config.engine_args` may set: `latency_s` (of each request), `start_s`, `start_error`
     (message of an `EngineStartError`), `kv_cache_size_tokens`, `die_after` (requests until the
     engine is dead), `fail_times` (how often each request gets a 500 before its answer),
-    `chunk_s` (between the characters of a streamed answer).
+    `chunk_s` (between the characters of a streamed answer), `sleep_s` (to fall asleep or to wake).
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -35,6 +35,9 @@ class FakeReplica:
         self._die_after = knobs.pop("die_after", None)
         self._fail_times = int(knobs.pop("fail_times", 0))
         chunk_s = float(knobs.pop("chunk_s", 0.0))
+        self._sleep_s = float(knobs.pop("sleep_s", 0.0))
+        self.can_sleep = bool(knobs.pop("enable_sleep_mode", False))
+        self._asleep = False
         if knobs:
             raise EngineStartError(f"the fake engine has no argument {sorted(knobs)[0]!r}")
         self._used_tokens = self._running = self._served = 0
@@ -52,6 +55,20 @@ class FakeReplica:
         """See `phi4ray.protocol.OnlineReplica.alive`."""
         return not self._dead
 
+    async def sleep(self) -> None:
+        """See `phi4ray.protocol.OnlineReplica.sleep`."""
+        self._check_alive()
+        assert self.can_sleep, "enable_sleep_mode comes first"
+        assert not self._running, "vLLM would abort what runs"
+        self._asleep = True
+        await asyncio.sleep(self._sleep_s)
+
+    async def wake(self) -> None:
+        """See `phi4ray.protocol.OnlineReplica.wake`."""
+        await asyncio.sleep(self._sleep_s)
+        self._check_alive()
+        self._asleep = False
+
     async def start(self) -> None:
         """See `phi4ray.protocol.Replica.start`."""
         os.environ.update(self.config.env)
@@ -62,6 +79,7 @@ class FakeReplica:
     async def complete(self, endpoint: Endpoint, body: Json) -> Answer:
         """See `phi4ray.protocol.Replica.complete`."""
         self._check_alive()
+        assert not self._asleep, "an engine that sleeps cannot answer"
         text = prompt_text(endpoint, body)
         if text is None:
             return refusal("invalid_type", "the request has no prompt")

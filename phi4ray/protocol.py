@@ -105,3 +105,24 @@ class OnlineReplica(Replica, Protocol):
     def alive(self) -> bool:
         """Whether the engine runs; costs microseconds, never blocks."""
         ...
+
+    @property
+    def can_sleep(self) -> bool:
+        """Whether the engine, once started, can give its device's memory back and go on later."""
+        ...
+
+    async def sleep(self) -> None:
+        """Give the device's memory back; nothing may be asked until `wake`.
+
+        Raises:
+            EngineDeadError: the engine died.
+        """
+        ...
+
+    async def wake(self) -> None:
+        """Be as before `sleep`, with an empty KV cache.
+
+        Raises:
+            EngineDeadError: the engine died.
+        """
+        ...

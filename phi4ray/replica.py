@@ -12,7 +12,7 @@ import gc
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -21,6 +21,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.envs import disable_envs_cache, enable_envs_cache
+from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -44,6 +45,8 @@ except ModuleNotFoundError:  # vLLM 0.25
 STOP_S = 2.0
 """For the engine's process to end by itself. It gives back what it holds in one second, and then
 takes Python's time to exit, for which there is no need to wait."""
+
+logger = logging.getLogger(__name__)
 
 _NOT_ENGINE_ARGS = {"kind", "num_gpus", "num_cpus", "engine_args", "env"}
 
@@ -84,6 +87,9 @@ class VllmReplica:
             ) from error
 
     async def _start(self, args: Namespace) -> None:
+        if args.enable_sleep_mode and not current_platform.is_sleep_mode_available():
+            logger.warning("vLLM has no sleep mode on this platform: the engine stays awake")
+            args.enable_sleep_mode = False
         self._vllm_config = config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
             UsageContext.OPENAI_API_SERVER
         )
@@ -213,6 +219,29 @@ class VllmReplica:
     def alive(self) -> bool:
         """See `phi4ray.protocol.OnlineReplica.alive`."""
         return self._engine is not None and not self._engine.errored
+
+    @property
+    def can_sleep(self) -> bool:
+        """See `phi4ray.protocol.OnlineReplica.can_sleep`."""
+        config = self._vllm_config
+        return config is not None and bool(config.model_config.enable_sleep_mode)
+
+    async def sleep(self) -> None:
+        """See `phi4ray.protocol.OnlineReplica.sleep`: weights to the host, KV cache dropped."""
+        assert self._engine is not None, "start() comes first"
+        await self._moved(self._engine.sleep(level=1))
+
+    async def wake(self) -> None:
+        """See `phi4ray.protocol.OnlineReplica.wake`."""
+        assert self._engine is not None, "start() comes first"
+        await self._moved(self._engine.wake_up())
+
+    async def _moved(self, done: Awaitable[Any]) -> None:
+        try:
+            await done
+        except Exception as error:
+            self._check_alive(error)
+            raise
 
     def kv(self) -> KVState:
         """See `phi4ray.protocol.Replica.kv`."""

@@ -1,7 +1,7 @@
 """The online door of a replica: vLLM's application with what a service needs around it.
 
     HTTP → Observe (ids, log, metrics) → Gate (keys, limits) → BatchApi (files, batches)
-         → Admit (KV tokens) → Alive → vLLM
+         → Admit (KV tokens) → Alive → Awake → vLLM
 
 Each layer is plain ASGI: vLLM's answers, streams included, pass through untouched.
 """
@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phi4ray.batches.app import BatchApi
-from phi4ray.protocol import OnlineReplica
+from phi4ray.protocol import OnlineReplica, Replica
 from phi4ray.serve import metrics
 from phi4ray.serve.admission import Admission
 from phi4ray.serve.admit import Admit
@@ -22,6 +22,7 @@ from phi4ray.serve.harvest import Harvest
 from phi4ray.serve.meter import Meter
 from phi4ray.serve.observe import Observe
 from phi4ray.serve.responses import send_error
+from phi4ray.serve.sleep import Awake, AwakeReplica, Sleeper
 
 
 class OnlineApp:
@@ -45,7 +46,17 @@ class OnlineApp:
         self.harvest = Harvest(config.harvest, self.admission)
         replica.on_step = self.harvest.step
         metrics.watch(self.admission, self.harvest)
-        admit = Admit(Alive(replica.app, replica), self.admission, meter)
+        self.sleeper: Sleeper | None = None
+        """What puts the engine to sleep, where that is wanted and can be; to be watched."""
+        self.batch_replica: Replica = replica
+        """The replica as batch jobs are to ask it."""
+        engine: ASGIApp = replica.app
+        if (delay_s := config.autoscaling.sleep_delay_s) is not None and replica.can_sleep:
+            self.sleeper = Sleeper(replica, delay_s)
+            self.batch_replica = AwakeReplica(replica, self.sleeper)
+            engine = Awake(engine, self.sleeper)
+            metrics.watch_sleep(self.sleeper)
+        admit = Admit(Alive(engine, replica), self.admission, meter)
         batches = config.batches
         api = BatchApi(admit, batches, config.engine.model_name, clock)
         self.gate = Gate(

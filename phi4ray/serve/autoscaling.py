@@ -78,6 +78,12 @@ class AutoscalingPolicyConfig(Config):
     upscale_delay_s: float = Field(0.0, ge=0, description="Demand must last so long first")
     downscale_delay_s: float = Field(300.0, ge=0, description="So must its absence")
     downscale_to_zero_delay_s: float = Field(600.0, ge=0, description="And so must silence")
+    sleep_delay_s: float | None = Field(
+        None,
+        gt=0,
+        description="After so long without a request a replica sleeps: it gives its GPU's memory "
+        "back, keeps the weights in the host's, and wakes in about a second; None: never",
+    )
     batch_replicas: int = Field(
         0,
         ge=0,
@@ -92,6 +98,12 @@ class AutoscalingPolicyConfig(Config):
             least, most = self._bounds(window)
             if most < least:
                 raise ValueError(f"max_replicas {most} is below min_replicas {least}")
+        last_s = self.downscale_to_zero_delay_s
+        if self.sleep_delay_s is not None and not self.widest[0] and self.sleep_delay_s >= last_s:
+            raise ValueError(
+                f"sleep_delay_s {self.sleep_delay_s:g} is not below downscale_to_zero_delay_s "
+                f"{last_s:g}: the last replica would go and never sleep"
+            )
         return self
 
     def _bounds(self, window: Window | None) -> tuple[int, int]:

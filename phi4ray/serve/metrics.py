@@ -7,6 +7,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from phi4ray.serve.admission import Admission
 from phi4ray.serve.harvest import Harvest
 from phi4ray.serve.paths import GENERATING
+from phi4ray.serve.sleep import Sleeper
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
@@ -57,6 +58,7 @@ BATCH_WAITING: Final = Gauge("phi4ray:batch_waiting_rows", "Batch rows that wait
 BATCH_ABORTED: Final = Gauge(
     "phi4ray:batch_aborted_rows", "Batch rows that made way for online requests, since start"
 )
+ASLEEP: Final = Gauge("phi4ray:asleep", "1 while the engine sleeps, or falls asleep, or wakes")
 
 
 def watch(admission: Admission, harvest: Harvest) -> None:
@@ -70,3 +72,8 @@ def watch(admission: Admission, harvest: Harvest) -> None:
     RUNNING.set_function(lambda: admission.running)
     QUEUED.set_function(lambda: admission.queued)
     QUEUED_TOKENS.set_function(lambda: admission.queued_tokens)
+
+
+def watch_sleep(sleeper: Sleeper) -> None:
+    """Let the gauge show whether this process's engine sleeps."""
+    ASLEEP.set_function(lambda: sleeper.asleep)
