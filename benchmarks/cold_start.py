@@ -70,6 +70,7 @@ CACHES = {
     "TRITON_CACHE_DIR": "triton",
     "FLASHINFER_WORKSPACE_BASE": "flashinfer",
     "CUDA_CACHE_PATH": "cuda",
+    "PYTHONPYCACHEPREFIX": "bytecode",  # which images have that pip made
 }
 
 
@@ -175,6 +176,7 @@ def measure(config: dict[str, Any], caches: Path, log: Path | None) -> dict[str,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "VLLM_LOGGING_LEVEL": "INFO",
         "VLLM_NO_USAGE_STATS": "1",
+        "PYTHONDONTWRITEBYTECODE": "",
     }
     for folder in CACHES.values():
         (caches / folder).mkdir(parents=True, exist_ok=True)

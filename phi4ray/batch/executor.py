@@ -25,8 +25,15 @@ R = TypeVar("R")
 
 TICK_S = 0.5
 
-FILLS = int(2 * OVERSUBSCRIBE)
-"""How many times the rows of the shards in flight fill a replica."""
+FILLS = int(8 * OVERSUBSCRIBE)
+"""How many times the rows of the shards in flight fill a replica.
+
+A shard is in flight until its longest answer has ended. With few of them, all soon wait for one
+such row each, and the engine has nothing else to do: with four fills 512 rows in flight fell to 2
+where lengths were heavy-tailed (benchmarks/RESULTS.md).
+"""
+
+MAX_IN_FLIGHT = 128
 
 IN_FLIGHT_BYTES = 1 << 30
 """What the shards that a replica works on may have as input; decoded they take several times it."""
@@ -60,8 +67,8 @@ class Executor(Protocol):
 def shards_in_flight(config: BatchConfig, plan: Plan) -> int:
     """Shards that one replica works on at once: enough rows to fill it so many times, and one more.
 
-    Half of the rows are with the engine or next in its queue (`pacing.OVERSUBSCRIBE`), from the
-    other half the longest are chosen. One shard is being read or written meanwhile. Of large rows
+    Some of the rows are with the engine or next in its queue (`pacing.OVERSUBSCRIBE`), from the
+    others the longest are chosen. One shard is being read or written meanwhile. Of large rows
     there are fewer at once: `IN_FLIGHT_BYTES` of input.
     """
     if config.shards_in_flight is not None:
@@ -69,7 +76,7 @@ def shards_in_flight(config: BatchConfig, plan: Plan) -> int:
     shards = max(1, len(plan.shards))
     mean_rows, mean_bytes = max(1, plan.rows // shards), max(1, plan.prompt_bytes // shards)
     wanted = 1 + -(-FILLS * config.engine.max_num_seqs // mean_rows)
-    return max(2, min(64, wanted, IN_FLIGHT_BYTES // mean_bytes))
+    return max(2, min(MAX_IN_FLIGHT, wanted, IN_FLIGHT_BYTES // mean_bytes))
 
 
 def share_of(shards: int, replicas: int, wanted: int) -> int:

@@ -19,6 +19,7 @@ from typing import Any, get_args
 from pydantic_core import from_json, to_json
 
 from phi4ray.config import BatchConfig, Endpoint
+from phi4ray.demand import max_tokens_of
 from phi4ray.protocol import Json, RowError, has_more_values
 
 BATCH_LINE = frozenset({"custom_id", "method", "url", "body"})
@@ -31,6 +32,9 @@ MAX_ROW_VALUES = 2_000_000
 
 MAX_NAME_CHARS = 1024
 """Of a member or column: each becomes a column of the output, named in every part's footer."""
+
+MOST_TOKENS = 1 << 31
+"""No answer is longer: a limit above it, of however many digits, says no more."""
 
 ENDPOINTS: tuple[Endpoint, ...] = get_args(Endpoint)
 
@@ -99,6 +103,13 @@ def record_id(record: Json) -> str | None:
         if identifier := as_text(record.get(name)):
             return identifier
     return None
+
+
+def own_limit(record: Json) -> int:
+    """The limit of its answer that a record states in plain sight, for planning; else 0."""
+    stated = record.get("body" if request_members(record) == BATCH_LINE else "sampling")
+    limit = max_tokens_of(stated) if isinstance(stated, dict) else None
+    return min(limit or 0, MOST_TOKENS)
 
 
 def as_text(value: Any) -> str | None:

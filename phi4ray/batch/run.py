@@ -6,12 +6,13 @@ Nothing here knows Ray or vLLM. Every step may be cut off at any point and run a
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from rich.console import Console
 
 from phi4ray.batch.executor import TICK_S, Executor
 from phi4ray.batch.manifest import check_receipts, list_parts, read_receipts, write_manifest
+from phi4ray.batch.pacing import rank_of
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import PLAN_NAME, REPORT_NAME, SUCCESS_NAME, Plan, read_plan
 from phi4ray.batch.planning import obtain_plan
@@ -79,6 +80,15 @@ def pending_shards(config: BatchConfig, plan: Plan) -> dict[int, Receipt | None]
     return {receipt.shard: receipt for receipt in receipts if receipt.error_rows}
 
 
+def longest_first(plan: Plan, pending: Iterable[int]) -> list[int]:
+    """Pending shards in the order in which they go: those with the longest answers first.
+
+    As within a worker (`pacing.rank_of`): a long answer that begins last would be waited for
+    alone. Shards alike, and all those of which nothing is known, stay in the order of the inputs.
+    """
+    return sorted(pending, key=lambda shard: rank_of(plan.shards[shard].longest))
+
+
 def answer(
     config: BatchConfig,
     plan: Plan,
@@ -115,7 +125,7 @@ def answer(
             return snapshot
 
         last = look()
-        for receipt in executor.run_shards(config, plan, list(pending)):
+        for receipt in executor.run_shards(config, plan, longest_first(plan, pending)):
             elapsed_s = time.monotonic() - began
             if receipt is not None:
                 tally.add(receipt, elapsed_s)

@@ -32,7 +32,7 @@ from phi4ray.batch.parquet import (
     unpacked_bytes,
 )
 from phi4ray.batch.plan import Input, Slice
-from phi4ray.batch.rows import decode_line, record_id, request_members
+from phi4ray.batch.rows import decode_line, own_limit, record_id, request_members
 from phi4ray.errors import InputError
 from phi4ray.protocol import Json, RowError
 from phi4ray.storage import storage_for
@@ -138,11 +138,11 @@ def _scan_lines(item: Input, rows: Iterable[Row], unit: Unit, cut: Cut, limit: i
     scan = Scan()
     kinds: defaultdict[str, set[str]] = defaultdict(set)
     ids: list[int] = []
-    count = first = last = size = 0
+    count = first = last = size = longest = 0
     for line, start, end, length in rows:
         if count and (count == cut.rows or size + length > cut.bytes):
-            scan.slices.append(_slice(unit, count, first, last, size))
-            count = size = 0
+            scan.slices.append(_slice(unit, count, first, last, size, longest))
+            count = size = longest = 0
         if not count:
             first = start
         count, last, size = count + 1, end, size + length
@@ -151,13 +151,14 @@ def _scan_lines(item: Input, rows: Iterable[Row], unit: Unit, cut: Cut, limit: i
         if not isinstance(record, RowError):
             names = record.keys() - request_members(record)
             check_columns(item.uri, len(names), cut.max_columns)
+            longest = max(longest, own_limit(record))
             for name in names:
                 kinds[name].add(json_kind(record[name]))
             check_columns(item.uri, len(kinds), cut.max_columns)
         if len(ids) == limit:
             break
     if count:
-        scan.slices.append(_slice(unit, count, first, last, size))
+        scan.slices.append(_slice(unit, count, first, last, size, longest))
     if any(ids):
         scan.ids = np.array(ids, np.uint64)
     scan.kinds = dict(kinds)
@@ -178,8 +179,10 @@ def check_columns(uri: str, columns: int, max_columns: int) -> None:
         )
 
 
-def _slice(unit: Unit, rows: int, start: int, end: int, size: int) -> Slice:
-    return Slice(file=unit.file, row_start=0, rows=rows, start=start, end=end, size=size)
+def _slice(unit: Unit, rows: int, start: int, end: int, size: int, longest: int = 0) -> Slice:
+    return Slice(
+        file=unit.file, row_start=0, rows=rows, start=start, end=end, size=size, longest=longest
+    )
 
 
 def _scan_parquet(item: Input, unit: Unit, cut: Cut) -> Scan:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from phi4ray.batch.executor import (
     FILLS,
     IN_FLIGHT_BYTES,
+    MAX_IN_FLIGHT,
     InProcessExecutor,
     in_thread,
     shards_in_flight,
@@ -39,8 +40,8 @@ def test_shards_in_flight_hold_the_rows_that_fill_a_replica_so_many_times(
     config = job(Path("/x"), engine={"max_num_seqs": max_num_seqs})
     count, mean = shards_in_flight(config, plan), plan.rows / len(shards)
     wanted = FILLS * max_num_seqs
-    assert 2 <= count <= 64
-    assert count == 64 or (count - 1) * mean >= wanted or mean >= wanted
+    assert 2 <= count <= MAX_IN_FLIGHT
+    assert count == MAX_IN_FLIGHT or (count - 1) * mean >= wanted or mean >= wanted
     assert count == 2 or (count - 2) * int(mean) < wanted  # and not more than it takes
 
 

@@ -24,7 +24,7 @@ from phi4ray.batch.manifest import Manifest
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import Plan
 from phi4ray.batch.planning import list_inputs, obtain_plan
-from phi4ray.batch.run import run_batch
+from phi4ray.batch.run import longest_first, run_batch
 from phi4ray.config import BatchConfig, Endpoint, EngineConfig
 from phi4ray.engines import make_replica
 from phi4ray.errors import (
@@ -256,6 +256,24 @@ def test_a_driver_that_dies_at_any_moment_loses_and_repeats_nothing(
         assert {name: now[name] for name in seen} == seen
         check_answers(config, 100)
         assert succeeded(config)
+
+
+def test_shards_whose_rows_state_the_longest_limits_go_first(tmp_path: Path) -> None:
+    limits = [10, 20, 3000, 10, None, 40]  # one a shard, in the order of the file
+    rows = [{"prompt": f"p{n}", "sampling": {"max_tokens": m}} for n, m in enumerate(limits) if m]
+    rows.insert(4, {"prompt": "p4"})
+    write_lines(tmp_path / "in" / "a.jsonl", rows)
+    config = job(tmp_path, shard_rows=1, shards_in_flight=1)
+    plan = obtain_plan(config, InProcessExecutor())
+    assert [shard.longest for shard in plan.shards] == limits
+    # One without a limit may be the longest of all; 20 and 40 are of two ranks, 10 and 10 of one.
+    assert longest_first(plan, range(6)) == [4, 2, 5, 1, 0, 3]
+    assert longest_first(plan, [0, 1, 3]) == [1, 0, 3]
+    run(config)
+    written = {name: modified for name, (_, modified) in standing(config).items()}
+    assert [plan.shard_of(name) for name in sorted(written, key=written.__getitem__)] == [
+        4, 2, 5, 1, 0, 3,
+    ]  # fmt: skip
 
 
 def test_two_drivers_on_one_prefix_do_no_harm(tmp_path: Path) -> None:

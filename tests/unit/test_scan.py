@@ -21,7 +21,7 @@ from phi4ray.batch import planning
 from phi4ray.batch.carried import decode_schema
 from phi4ray.batch.executor import InProcessExecutor
 from phi4ray.batch.files import Reader
-from phi4ray.batch.plan import Input, Plan
+from phi4ray.batch.plan import Input, Plan, make_plan
 from phi4ray.batch.planning import list_inputs, scan_inputs
 from phi4ray.batch.rows import decode_line
 from phi4ray.batch.scan import Cut, Unit, duplicates, scan_unit, units_of
@@ -198,6 +198,31 @@ def test_the_estimate_of_prompts_counts_planned_rows_only(tmp_path: Path) -> Non
     write_parquet(tmp_path / "in" / "a.parquet", table)
     whole, part = plan_of(job(tmp_path)), plan_of(job(tmp_path, limit=100))
     assert part.prompt_bytes == pytest.approx(whole.prompt_bytes / 10, rel=0.02)
+
+
+def test_the_plan_knows_the_highest_limit_that_a_row_of_each_shard_states(tmp_path: Path) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a", "sampling": {"max_tokens": 7}},
+        {"prompt": "b", "sampling": {"max_tokens": 70, "n": 2}},
+        {"custom_id": "c", "url": "/v1/chat/completions", "body": {**body, "max_tokens": 9}},
+        {"prompt": "d", "body": {"max_tokens": 99}},  # beside a prompt, `body` is carried
+        {"prompt": "e", "sampling": "{}"},
+        {"prompt": "f", "sampling": {"max_tokens": "many"}},
+        {"prompt": "g", "sampling": {"max_tokens": 10**18}},
+    ]
+    write_lines(tmp_path / "in" / "a.jsonl", [*rows, b"{"])
+    found = plan_of(job(tmp_path, shard_rows=2))
+    assert [shard.longest for shard in found.shards] == [140, 9, None, 1 << 31]
+    # It is no part of what the job is: plans of before it was known stay what they are.
+    forgotten = [
+        shard.model_copy(
+            update={"slices": tuple(s.model_copy(update={"longest": 0}) for s in shard.slices)}
+        )
+        for shard in found.shards
+    ]
+    again = make_plan(found.identity, found.inputs, forgotten, carried=found.carried)
+    assert again.plan_id == found.plan_id
 
 
 def test_inputs_without_rows_make_an_empty_plan(tmp_path: Path) -> None:
