@@ -20,7 +20,8 @@ from pydantic import Field
 from phi4ray.config import Config
 
 STEP_MEMORY_S = 0.25
-"""Over so long a time a step's length is averaged: a request feels the mean of many steps."""
+"""Over so long a time a step's length is averaged: a request feels the mean of many steps. No debt of
+long steps is greater."""
 
 LONGEST_STEP = 3.0
 """A step with prompts of batch rows may last so many times the time per output token."""
@@ -113,6 +114,8 @@ class StepControl:
 
     def feed(self, row: Hashable, prompt_tokens: float) -> None:
         """Spend credit on a row; a long prompt overdraws it, and the next ones wait longer."""
+        if not self._unseen:
+            self._longest_s = 0.0
         self._credit -= prompt_tokens
         self._unseen[row] = None
 
@@ -152,7 +155,6 @@ class StepControl:
         too_long = self._longest_s / (LONGEST_STEP * self._target_s)
         change = min(GROWTH, max(1 / GROWTH**4, 1 / too_long)) if too_long else GROWTH
         self._lump_tokens = max(LEAST_TOKENS, min(self._most_tokens, change * self._lump_tokens))
-        self._longest_s = 0.0
 
     @property
     def keep(self) -> float:

@@ -26,6 +26,13 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
+# One that has nothing to do for a second sleeps; after ten it goes.
+SLEEPY = {
+    **CONFIG,
+    "autoscaling": {
+        **CONFIG["autoscaling"], "sleep_delay_s": 1, "downscale_to_zero_delay_s": 10,
+    },
+}  # fmt: skip
 BUDGET = {**CONFIG, "autoscaling": {**CONFIG["autoscaling"], "batch_replicas": 1}}
 
 
@@ -79,5 +86,28 @@ def test_a_batch_job_starts_the_first_replica_within_its_budget(
     said = job.communicate(timeout=120)[0]
     assert job.returncode == 0, said
     assert "no replica of 'phi4' runs: rows wait for the one that is being started" in said
+    assert "rows 20/20 (100%)" in said
+    until(lambda: not service.replicas(), 90)
+
+
+def asleep(service: Service) -> bool:
+    found = httpx.get(f"{service.url}/metrics", timeout=30)
+    return found.status_code == 200 and "phi4ray:asleep 1.0" in found.text
+
+
+@pytest.mark.parametrize("service", [SLEEPY], indirect=True, ids=["sleepy"])
+def test_a_replica_sleeps_before_it_goes_and_both_doors_wake_it(
+    service: Service, tmp_path: Path
+) -> None:
+    body = {"model": "m", "prompt": "hi"}
+    for _ in range(2):
+        # The fake asserts that nobody asks it while it sleeps.
+        assert httpx.post(f"{service.url}/v1/completions", json=body, timeout=90).status_code == 200
+        assert not asleep(service)
+        until(lambda: asleep(service), 30)
+        assert len(service.replicas()) == 1
+    job = batch(service, tmp_path)
+    said = job.communicate(timeout=120)[0]
+    assert job.returncode == 0, said
     assert "rows 20/20 (100%)" in said
     until(lambda: not service.replicas(), 90)

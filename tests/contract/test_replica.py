@@ -19,7 +19,7 @@ from phi4ray.config import Endpoint, EngineConfig
 from phi4ray.engines import make_replica
 from phi4ray.errors import EngineDeadError, EngineStartError
 from phi4ray.orphans import MARK
-from phi4ray.protocol import Answer, Json, Replica
+from phi4ray.protocol import Answer, Json, OnlineReplica, Replica
 from phi4ray.train.tiny import make_tiny_model
 from tests.processes import lives
 from tests.tiny_engines import tiny_engine
@@ -36,7 +36,7 @@ class Running:
 
     def __init__(self, config: EngineConfig) -> None:
         self.loop = asyncio.new_event_loop()
-        self.replica: Replica = make_replica(config)
+        self.replica: OnlineReplica = make_replica(config)
         self.model = config.model_name
         self.kind = config.kind
         self.run(self.replica.start())
@@ -57,10 +57,15 @@ def tiny(folder: Path, **changes: Any) -> EngineConfig:
 def running(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Running]:
+    sleeps = {"enable_sleep_mode": True}
     if request.param == "fake":
-        config = EngineConfig(kind="fake", model="phi-4", max_model_len=1024, max_num_seqs=64)
+        config = EngineConfig(
+            kind="fake", model="phi-4", max_model_len=1024, max_num_seqs=64, engine_args=sleeps
+        )
     else:
-        config = tiny(tmp_path_factory.mktemp("model") / "tiny")
+        model = tmp_path_factory.mktemp("model") / "tiny"
+        config = tiny(model)
+        config = config.model_copy(update={"engine_args": {**config.engine_args, **sleeps}})
     found = Running(config)
     yield found
     found.run(found.replica.stop())
@@ -75,6 +80,16 @@ def test_a_chat_is_answered_as_openai_does(running: Running) -> None:
     assert body["choices"][0]["finish_reason"] in ("stop", "length")
     usage = body["usage"]
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] > 1
+
+
+def test_an_engine_that_can_sleep_answers_when_it_woke_and_another_stays_awake(
+    running: Running,
+) -> None:
+    assert running.replica.can_sleep == (running.kind == "fake")  # vLLM cannot on CPUs
+    if running.replica.can_sleep:
+        running.run(running.replica.sleep())
+        running.run(running.replica.wake())
+    assert running.ask(COMPLETIONS, prompt="Once upon a time", max_tokens=5)[0] == 200
 
 
 def test_the_processes_other_logs_are_as_before(running: Running) -> None:
