@@ -20,8 +20,8 @@ from pydantic import Field
 from phi4ray.config import Config
 
 STEP_MEMORY_S = 0.25
-"""Over so long a time a step's length is averaged: a request feels the mean of many steps. No debt of
-long steps is greater."""
+"""Over so long a time a step's length is averaged: a request feels the mean of many steps. No debt
+of long steps is greater."""
 
 LONGEST_STEP = 3.0
 """A step with prompts of batch rows may last so many times the time per output token."""
@@ -43,7 +43,10 @@ class HarvestConfig(Config):
     """How batch rows share a replica with online requests."""
 
     target_tpot_ms: float = Field(
-        50.0, gt=0, description="Time per output token that batch rows leave to online requests"
+        50.0,
+        gt=0,
+        description="Time per output token that batch rows leave to online requests. Near what they "
+        "have alone under load: with much more, batch takes what a burst would need",
     )
     reserve_fraction: float = Field(
         0.05, ge=0, lt=1, description="Share of the KV cache that batch rows leave free"

@@ -105,11 +105,12 @@ class Awake:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection; see the ASGI specification."""
-        # What is only looked at (models, metrics, health) is told without the engine.
-        if scope["type"] == "http" and scope["method"] != "POST":
-            await self.app(scope, receive, send)
-            return
-        async with self._sleeper.awake():
+        # What is only looked at (models, metrics, health) is told without the engine, and the
+        # application's own life lasts as long as the replica's.
+        if scope["type"] == "websocket" or scope.get("method") == "POST":
+            async with self._sleeper.awake():
+                await self.app(scope, receive, send)
+        else:
             await self.app(scope, receive, send)
 
 

@@ -19,7 +19,7 @@ from phi4ray.config import Endpoint, EngineConfig
 from phi4ray.engines import make_replica
 from phi4ray.errors import EngineDeadError, EngineStartError
 from phi4ray.orphans import MARK
-from phi4ray.protocol import Answer, Json, OnlineReplica, Replica
+from phi4ray.protocol import Answer, Json, OnlineReplica
 from phi4ray.train.tiny import make_tiny_model
 from tests.processes import lives
 from tests.tiny_engines import tiny_engine

@@ -167,6 +167,8 @@ def test_requests_wake_it_and_looking_at_it_does_not() -> None:
         app = online(sleep_delay_s=DELAY_S)
         assert app.sleeper is not None
         watching = asyncio.create_task(app.sleeper.watch())
+        # Servers keep this one open from their start to their end.
+        life = asyncio.create_task(app({"type": "lifespan"}, asyncio.Event().wait, nothing))
         transport = httpx.ASGITransport(app=app)  # type: ignore[arg-type]
         async with httpx.AsyncClient(transport=transport, base_url="http://phi4") as client:
             await until(lambda: app.sleeper is not None and app.sleeper.asleep)
@@ -176,8 +178,13 @@ def test_requests_wake_it_and_looking_at_it_does_not() -> None:
             assert (await client.post("/v1/completions", json=ASKED)).status_code == 200
             assert not app.sleeper.asleep
         watching.cancel()
+        life.cancel()
 
     run(scenario)
+
+
+async def nothing(message: Any) -> None:
+    pass
 
 
 def test_by_default_no_engine_sleeps() -> None:
