@@ -45,8 +45,8 @@ class HarvestConfig(Config):
     target_tpot_ms: float = Field(
         50.0,
         gt=0,
-        description="Time per output token that batch rows leave to online requests. Near what they "
-        "have alone under load: with much more, batch takes what a burst would need",
+        description="Time per output token that batch rows leave to online requests: near what "
+        "they have alone under load, else batch takes what a burst would need",
     )
     reserve_fraction: float = Field(
         0.05, ge=0, lt=1, description="Share of the KV cache that batch rows leave free"
