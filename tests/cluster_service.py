@@ -26,7 +26,9 @@ from ray import serve
 from phi4ray.serve.config import serve_config
 
 with connected(num_cpus=4), deployed(serve_config(json.loads(sys.argv[2])), "127.0.0.1", int(sys.argv[1])):
-    print("address", ray.get_runtime_context().gcs_address, flush=True)
+    # In one piece and on a line of its own: workers' logs come here as well, whole or not.
+    sys.stdout.write(f"\\naddress {ray.get_runtime_context().gcs_address}\\n")
+    sys.stdout.flush()
     for line in sys.stdin:
         serve.run(application(serve_config(json.loads(line))), name="phi4", route_prefix="/")
 """  # noqa: E501

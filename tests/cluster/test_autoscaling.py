@@ -38,7 +38,10 @@ config = serve_config({
 with connected(num_cpus=4), deployed(config, "127.0.0.1", int(sys.argv[1])):
     while True:
         app = serve.status().applications["phi4"]
-        print("replicas", app.deployments["replica"].replica_states.get("RUNNING", 0), flush=True)
+        count = app.deployments["replica"].replica_states.get("RUNNING", 0)
+        # In one piece and on a line of its own: workers' logs come here as well, whole or not.
+        sys.stdout.write(f"\\nreplicas {count}\\n")
+        sys.stdout.flush()
         if sys.stdin.readline() == "":
             break
 """
