@@ -135,7 +135,7 @@ class StepControl:
             self._remember(step_s, running)
         if self._unseen:
             self._look_out(begun)
-        if not self._unseen and not self._debt_s:
+        if not self._unseen and self._debt_s <= 0:
             self._credit = min(self._credit, 0.0) + self._lump_tokens
 
     def _remember(self, step_s: float, running: int) -> None:
@@ -145,7 +145,9 @@ class StepControl:
         self._sequences = kept * self._sequences + running
         self._unfed_s += step_s
         self._longest_s = max(self._longest_s, step_s)
-        self._debt_s = min(STEP_MEMORY_S, max(0.0, self._debt_s + step_s - self._target_s))
+        # What the last step paid too much counts for the next lump, and no more than that.
+        debt_s = self._debt_s + step_s - self._target_s
+        self._debt_s = min(STEP_MEMORY_S, max(-self._target_s, debt_s))
 
     def _look_out(self, begun: int) -> None:
         """See the lump arrive, and make the next one larger or smaller by how long that took."""

@@ -1,6 +1,6 @@
 """What online traffic leaves for batch rows: tokens above a reserve, and steps that stay short."""
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from phi4ray.serve.slack import HarvestConfig, RecentPeak, Slack, StepControl, slack
@@ -149,6 +149,7 @@ class Engine:
     st.floats(0.003, 0.01), st.floats(1e-5, 1e-4), st.floats(5e-6, 5e-5), st.floats(0.02, 0.08),
     st.integers(0, 40),
 )  # fmt: skip
+@example(0.0039, 1e-5, 4.78e-5, 0.0547, 0)  # a lump is paid back by a part of a step
 @settings(max_examples=20)
 def test_steps_beside_batch_last_as_long_as_they_may_and_no_work_is_thrown_away(
     fixed_s: float, each_s: float, prompt_s: float, target_s: float, online: int
