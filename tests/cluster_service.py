@@ -1,5 +1,6 @@
 """A service on a cluster of its own, as the tests of whole clusters start and ask it."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -9,8 +10,9 @@ from typing import Any
 
 import httpx
 import psutil
+from ray.util import get_node_ip_address
 
-from tests.processes import replicas_below
+from tests.processes import metrics_ports, replicas_below
 
 ROOT = Path(__file__).parents[1]
 PORT = 8189
@@ -81,3 +83,14 @@ class Service:
             self.process.communicate(timeout=120)
         finally:
             self.process.kill()
+
+
+def told(service: Service, name: str) -> dict[int, float]:
+    """One of the replicas' own metrics, by the ports of their pages."""
+    found = {}
+    for port in [port for replica in service.replicas() for port in metrics_ports(replica)]:
+        with contextlib.suppress(httpx.TransportError):
+            page = httpx.get(f"http://{get_node_ip_address()}:{port}/metrics").text
+            [line] = [line for line in page.splitlines() if line.startswith(f"{name} ")]
+            found[port] = float(line.split()[1])
+    return found

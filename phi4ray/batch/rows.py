@@ -105,9 +105,12 @@ def record_id(record: Json) -> str | None:
     return None
 
 
-def own_limit(record: Json) -> int:
-    """The limit of its answer that a record states in plain sight, for planning; else 0."""
-    stated = record.get("body" if request_members(record) == BATCH_LINE else "sampling")
+def own_limit(record: Json, members: frozenset[str]) -> int:
+    """The limit of its answer that a record states in plain sight, for planning; else 0.
+
+    `members` are its `request_members`.
+    """
+    stated = record.get("body" if members == BATCH_LINE else "sampling")
     limit = max_tokens_of(stated) if isinstance(stated, dict) else None
     return min(limit or 0, MOST_TOKENS)
 

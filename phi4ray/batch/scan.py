@@ -149,9 +149,10 @@ def _scan_lines(item: Input, rows: Iterable[Row], unit: Unit, cut: Cut, limit: i
         record = decode_line(line)
         ids.append(_digest(record))
         if not isinstance(record, RowError):
-            names = record.keys() - request_members(record)
+            members = request_members(record)
+            names = record.keys() - members
             check_columns(item.uri, len(names), cut.max_columns)
-            longest = max(longest, own_limit(record))
+            longest = max(longest, own_limit(record, members))
             for name in names:
                 kinds[name].add(json_kind(record[name]))
             check_columns(item.uri, len(kinds), cut.max_columns)

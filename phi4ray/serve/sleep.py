@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -24,20 +24,13 @@ logger = logging.getLogger(__name__)
 class Sleeper:
     """One engine's sleep. For one event loop."""
 
-    def __init__(
-        self,
-        replica: OnlineReplica,
-        delay_s: float,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, replica: OnlineReplica, delay_s: float) -> None:
         self.asleep = False
         """Whether the engine sleeps, or is about to."""
         self._replica = replica
         self._delay_s = delay_s
-        self._clock = clock
         self._inside = 0
-        self._left_s = clock()
+        self._left_s = time.monotonic()
         self._turn = asyncio.Lock()
         self._waking: asyncio.Task[None] | None = None
 
@@ -55,29 +48,29 @@ class Sleeper:
             yield
         finally:
             self._inside -= 1
-            self._left_s = self._clock()
+            self._left_s = time.monotonic()
 
     async def watch(self) -> None:
         """Put the engine to sleep whenever nobody has needed it for the delay, until it dies."""
         while True:
-            await asyncio.sleep(max(0.01, self._left_s + self._delay_s - self._clock()))
-            if not self._inside and self._clock() - self._left_s >= self._delay_s:
+            await asyncio.sleep(max(0.01, self._left_s + self._delay_s - time.monotonic()))
+            if not self._inside and time.monotonic() - self._left_s >= self._delay_s:
                 try:
                     await self._fall_asleep()
                 except EngineDeadError:
                     return
-                self._left_s = self._clock()
+                self._left_s = time.monotonic()
             elif self._inside:
-                self._left_s = self._clock()
+                self._left_s = time.monotonic()
 
     async def _fall_asleep(self) -> None:
         if self.asleep:
             return
         self.asleep = True  # before anything is awaited: whoever comes now waits for its turn
         async with self._turn:
-            began = self._clock()
+            began = time.monotonic()
             await self._replica.sleep()
-            logger.info("asleep after %.1f s: nobody asked for a while", self._clock() - began)
+            logger.info("asleep after %.1f s: nobody asked for a while", time.monotonic() - began)
 
     async def _wake(self) -> None:
         # One task for all that wait: the engine goes on waking when their clients hang up.
@@ -88,10 +81,10 @@ class Sleeper:
     async def _wake_once(self) -> None:
         try:
             async with self._turn:
-                began = self._clock()
+                began = time.monotonic()
                 await self._replica.wake()
                 self.asleep = False
-                logger.info("awake after %.1f s", self._clock() - began)
+                logger.info("awake after %.1f s", time.monotonic() - began)
         finally:
             self._waking = None
 

@@ -1,7 +1,6 @@
 """One fleet, two doors: a batch job and online clients on the same replicas, which are killed."""
 
 import asyncio
-import contextlib
 import io
 import threading
 import time
@@ -13,14 +12,12 @@ from typing import Any
 import httpx
 import pyarrow.parquet as pq
 import pytest
-from ray.util import get_node_ip_address
 
 from phi4ray.fake import fake_text
 from phi4ray.storage import join, storage_for
 from phi4ray.train.tiny import make_tiny_model
-from tests.cluster_service import Service
+from tests.cluster_service import Service, told
 from tests.online_load import load
-from tests.processes import metrics_ports
 from tests.small_jobs import prompts, write_lines
 from tests.waiting import until
 
@@ -42,17 +39,6 @@ def rows_of(output: str) -> list[dict[str, Any]]:
         if item.uri.endswith(".parquet")
         for row in pq.read_table(io.BytesIO(store.read(item.uri))).to_pylist()
     ]
-
-
-def told(service: Service, name: str) -> dict[int, float]:
-    """One of the replicas' own metrics, by the ports of their pages."""
-    found = {}
-    for port in [port for replica in service.replicas() for port in metrics_ports(replica)]:
-        with contextlib.suppress(httpx.TransportError):
-            page = httpx.get(f"http://{get_node_ip_address()}:{port}/metrics").text
-            [line] = [line for line in page.splitlines() if line.startswith(f"{name} ")]
-            found[port] = float(line.split()[1])
-    return found
 
 
 FAKES = {

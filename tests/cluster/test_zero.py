@@ -8,8 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from phi4ray.exporter import PORTS
-from tests.cluster_service import Service
+from tests.cluster_service import Service, told
 from tests.small_jobs import prompts, write_lines
 from tests.waiting import until
 
@@ -92,9 +91,8 @@ def test_a_batch_job_starts_the_first_replica_within_its_budget(
 
 
 def asleep(service: Service) -> bool:
-    [replica] = service.replicas()
-    here = next(one.laddr for one in replica.net_connections() if one.laddr.port in PORTS)
-    return "phi4ray:asleep 1.0" in httpx.get(f"http://{here.ip}:{here.port}/metrics").text
+    [found] = told(service, "phi4ray:asleep").values()
+    return found == 1.0
 
 
 @pytest.mark.parametrize("service", [SLEEPY], indirect=True, ids=["sleepy"])

@@ -136,11 +136,9 @@ class Engine:
 
     def run(self, seconds: float, online: int) -> float:
         """Steps for so long; gives their mean length over the second half."""
-        until = sum(self.steps) + seconds
-        begin, at = len(self.steps), sum(self.steps)
-        while at < until:
+        begin, until = len(self.steps), self.now_s + seconds
+        while self.now_s < until:
             self.step(online)
-            at += self.steps[-1]
         half = self.steps[(begin + len(self.steps)) // 2 :]
         return sum(half) / len(half)
 
