@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engines import ENGINES, make_model, on_gpus, on_ray
+from engines import ENGINES, bare_arguments, make_model, on_gpus, on_ray
 from rich.console import Console
 from rich.table import Table
 
@@ -150,7 +150,7 @@ def bare(model: str, prompts: Path, sampling: dict[str, Any], engine: str) -> di
 
     rows = [json.loads(line) for line in (prompts / "prompts.jsonl").open()]
     limits = [SamplingParams(**(sampling | row.get("sampling", {}))) for row in rows]
-    llm = LLM(model, **ENGINES[engine])
+    llm = LLM(model, **bare_arguments(engine))
     llm.generate(["Hello"], SamplingParams(max_tokens=1), use_tqdm=False)  # as our replicas do
     began = time.monotonic()
     outputs = llm.generate([row["prompt"] for row in rows], limits, use_tqdm=False)
@@ -212,7 +212,7 @@ def ray_data_llm(
     ):
         config = vLLMEngineProcessorConfig(
             model_source=model,
-            engine_kwargs=ENGINES[engine],
+            engine_kwargs=bare_arguments(engine),
             batch_size=128,
             concurrency=1,
             chat_template_stage=False,

@@ -16,6 +16,7 @@ clock. With `--sleep` the engine is then put to sleep, weights in the host's mem
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -85,6 +86,9 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="folder, hub name or s3:// folder")
     parser.add_argument("--load-format", default=None, help="as in `vllm serve`")
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="for caches and model, to be kept for another run"
+    )
     parser.add_argument("--eager", action="store_true", help="nothing is compiled or captured")
     parser.add_argument("--sleep", action="store_true", help="then to sleep, and awake (GPUs)")
     parser.add_argument(
@@ -97,8 +101,10 @@ def main() -> None:
     if arguments.child:
         asyncio.run(start(json.loads(arguments.child)))
         return
-    with tempfile.TemporaryDirectory(prefix="phi4ray-") as name:
-        folder = Path(name)
+    with contextlib.ExitStack() as stack:
+        folder = arguments.folder or Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="phi4ray-"))
+        )
         config = engine(arguments, folder)
         results = {}
         for side in arguments.starts:

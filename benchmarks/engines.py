@@ -48,3 +48,9 @@ def on_gpus(engine: str) -> bool:
 def on_ray(engine: str) -> dict[str, Any]:
     """An engine's arguments, and that Ray is to reserve no GPU where it needs none."""
     return ENGINES[engine] | ({} if on_gpus(engine) else {"num_gpus": 0})
+
+
+def bare_arguments(engine: str) -> dict[str, Any]:
+    """An engine's arguments where vLLM is asked directly, with what replicas add by themselves."""
+    added = {} if on_gpus(engine) else {"worker_extension_cls": "phi4ray.amx.AMX"}
+    return ENGINES[engine] | added

@@ -1,5 +1,6 @@
 """Which class runs an engine configuration."""
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable
@@ -8,8 +9,10 @@ from typing import Any
 
 from filelock import FileLock
 
+from phi4ray import fork_server
 from phi4ray.config import EngineConfig
 from phi4ray.fake import FakeReplica
+from phi4ray.orphans import kill_orphans
 from phi4ray.protocol import OnlineReplica
 from phi4ray.storage import copy_tree
 
@@ -32,11 +35,16 @@ def make_replica(config: EngineConfig) -> OnlineReplica:
     if config.kind == "fake":
         return FakeReplica(config)
     os.environ.update(config.env)
-    if config.model.startswith("s3://"):
-        config = _from_store(config)
-    from phi4ray.replica import VllmReplica
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(kill_orphans())
+        processes = None
+        if config.gpus_per_replica and fork_server.serves():
+            processes = fork_server.start()
+        if config.model.startswith("s3://"):
+            config = _from_store(config)
+        from phi4ray.replica import VllmReplica
 
-    return VllmReplica(config)
+        return VllmReplica(config, stack.pop_all(), processes)
 
 
 def _from_store(config: EngineConfig) -> EngineConfig:

@@ -4,8 +4,8 @@ vLLM's engine is a child process and does not notice that its parent was killed;
 the GPU's memory, and the replacement actor could not start. Linux's PR_SET_PDEATHSIG fires when
 the *thread* that started the child ends, so it does not fit either. A watcher does: a process of
 its own session that waits for the end of a pipe and then kills every process that carries the
-owner's mark in its environment. Children must be spawned, not forked, to carry the mark, and must
-not write their title over it, as vLLM's do by setproctitle unless SPT_NOENV is set.
+owner's mark in its environment. Children must be spawned to carry the mark, or forked by one that
+was, and must not write their title over it, as vLLM's do by setproctitle unless SPT_NOENV is set.
 """
 
 import contextlib

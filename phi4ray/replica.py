@@ -12,7 +12,8 @@ import gc
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import httpx
@@ -24,6 +25,7 @@ from vllm.envs import disable_envs_cache, enable_envs_cache
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine import utils as engine_utils
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
@@ -31,7 +33,6 @@ from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 from phi4ray import engine_log
 from phi4ray.config import Endpoint, EngineConfig
 from phi4ray.errors import ConfigError, EngineDeadError, EngineStartError
-from phi4ray.orphans import kill_orphans
 from phi4ray.protocol import Answer, Json, KVState, refusal
 
 try:
@@ -52,9 +53,17 @@ _NOT_ENGINE_ARGS = {"kind", "num_gpus", "num_cpus", "engine_args", "env"}
 
 
 class VllmReplica:
-    """A `phi4ray.protocol.Replica` on a real vLLM engine in a child process."""
+    """A `phi4ray.protocol.Replica` on a real vLLM engine in a child process.
 
-    def __init__(self, config: EngineConfig) -> None:
+    `guard` is closed when it stops; `processes` starts the engine's process, if not vLLM's way.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        guard: contextlib.ExitStack,
+        processes: BaseContext | None = None,
+    ) -> None:
         self.config = config
         self.app: Any = None
         """vLLM's ASGI application, once started."""
@@ -67,14 +76,13 @@ class VllmReplica:
         self._stats = SchedulerStats()
         self._handlers: dict[str, tuple[type[Any], frozenset[str], Callable[..., Any]]] = {}
         self._http: httpx.AsyncClient | None = None
-        self._guard = contextlib.ExitStack()
+        self._guard = guard
+        self._processes = processes
 
     async def start(self) -> None:
         """Load the model; see `phi4ray.protocol.Replica.start`."""
-        os.environ.update(self.config.env)
-        # Forked children would not carry the mark that lets orphans be found.
+        # Forks of this process would not carry the mark that lets orphans be found.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-        self._guard.enter_context(kill_orphans())
         logged = engine_log.watch()
         try:
             await self._start(server_args(self.config))
@@ -93,12 +101,13 @@ class VllmReplica:
         self._vllm_config = config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
             UsageContext.OPENAI_API_SERVER
         )
-        self._engine = engine = AsyncLLM.from_vllm_config(
-            config,
-            usage_context=UsageContext.OPENAI_API_SERVER,
-            stat_loggers=[self._stat_logger()],
-            disable_log_stats=args.disable_log_stats,
-        )
+        with _started_by(self._processes):
+            self._engine = engine = AsyncLLM.from_vllm_config(
+                config,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                stat_loggers=[self._stat_logger()],
+                disable_log_stats=args.disable_log_stats,
+            )
         tasks = await engine.get_supported_tasks()
         # A library below it sets the root logger to this, and to errors only if there is none.
         os.environ.setdefault("SAGEMAKER_CONTAINER_LOG_LEVEL", str(logging.root.level))
@@ -269,6 +278,18 @@ class VllmReplica:
         self._guard.close()
 
 
+@contextlib.contextmanager
+def _started_by(processes: BaseContext | None) -> Iterator[None]:
+    """Have vLLM start its processes so. Its settings know "spawn" and "fork" alone."""
+    ours = engine_utils.get_mp_context
+    if processes is not None:
+        engine_utils.get_mp_context = lambda: processes
+    try:
+        yield
+    finally:
+        engine_utils.get_mp_context = ours
+
+
 class _NoMetrics(PrometheusStatLogger):
     """Stands in for vLLM's Prometheus metrics, and counts nothing."""
 
@@ -303,4 +324,6 @@ def server_args(config: EngineConfig) -> Namespace:
         if name not in known:
             raise ConfigError(f"this vLLM has no engine argument {name!r}: see `vllm serve --help`")
         setattr(args, name, value)
+    if current_platform.is_cpu() and args.worker_extension_cls == "":
+        args.worker_extension_cls = "phi4ray.amx.AMX"
     return args

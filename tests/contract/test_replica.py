@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 import psutil
 import pytest
 
+from phi4ray import fork_server
 from phi4ray.batch.parts import error_of
 from phi4ray.batch.worker import within
 from phi4ray.config import Endpoint, EngineConfig
 from phi4ray.engines import make_replica
 from phi4ray.errors import EngineDeadError, EngineStartError
-from phi4ray.orphans import MARK
+from phi4ray.orphans import MARK, kill_orphans
 from phi4ray.protocol import Answer, Json, OnlineReplica
 from phi4ray.train.tiny import make_tiny_model
 from tests.processes import lives
@@ -201,12 +202,18 @@ def test_a_request_that_takes_too_long_is_no_answer_but_a_timeout(running: Runni
 
 
 @pytest.mark.engine
-def test_an_engine_whose_process_dies_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("forked", [False, True])
+def test_an_engine_whose_process_dies_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: bool
+) -> None:
+    if forked:  # as with an NVIDIA card
+        monkeypatch.setattr(fork_server, "NVIDIA", Path(os.devnull))
     others = marked_children()
-    running = Running(tiny(tmp_path / "tiny"))
+    running = Running(tiny(tmp_path / "tiny", num_gpus=float(forked)))
     (engine,) = [
         child for child in marked_children() if "EngineCore" in child.name() and child not in others
     ]
+    assert (engine.ppid() != os.getpid()) == forked
     engine.kill()
 
     async def ask_until_it_is_noticed() -> None:
@@ -249,6 +256,26 @@ def test_a_fake_fails_to_start_as_planned() -> None:
     config = EngineConfig(kind="fake", model="m", engine_args={"start_error": "no memory"})
     with pytest.raises(EngineStartError, match="no memory"):
         Running(config)
+
+
+def test_forks_have_the_environment_that_their_owner_has_by_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fork_server, "IMPORTS", ("json", "no_such_module"))
+    monkeypatch.setenv("OLD", "old")
+    with kill_orphans():
+        context = fork_server.start()
+        monkeypatch.delenv("OLD")
+        monkeypatch.setenv("NEW", "new")
+        told = context.SimpleQueue()
+        process = context.Process(target=tell, args=(told,))
+        process.start()
+        assert told.get() == (None, "new")
+        process.join()
+
+
+def tell(told: Any) -> None:
+    told.put((os.environ.get("OLD"), os.environ["NEW"]))
 
 
 def marked_children() -> list[psutil.Process]:
