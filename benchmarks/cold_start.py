@@ -39,8 +39,7 @@ STARTS = ("first", "second", "third")
 
 PHASES = {
     "python": r"@@ running",
-    "import vLLM": r"@@ imported",
-    "the model's files": r"@@ model here",
+    "the model's files, import vLLM": r"@@ imported",
     "the model's class": r"Resolved architecture",
     "engine process, its imports": r"Initializing a V1 LLM engine",
     "device, worker process if any": r"Starting to load model",
@@ -144,14 +143,11 @@ def engine(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 async def start(settings: dict[str, Any]) -> None:
     """The process that is measured."""
     print("@@ running", flush=True)
-    import phi4ray.replica  # noqa: F401  for its imports
-
-    print("@@ imported", flush=True)
     from phi4ray.config import EngineConfig
     from phi4ray.engines import make_replica
 
     replica = make_replica(EngineConfig(**settings))
-    print("@@ model here", flush=True)
+    print("@@ imported", flush=True)
     await replica.start()
     print("@@ started", flush=True)
     body = {"model": "phi-4", "prompt": "Hello", "max_tokens": 1}

@@ -8,11 +8,11 @@ that: it has one thread and no device, imports, and is forked.
 Not on CPUs, where vLLM has the engine's process load other allocators by LD_PRELOAD.
 """
 
+import ctypes
 import os
 from collections.abc import Mapping
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
-from pathlib import Path
 
 IMPORTS = (
     "vllm.v1.engine.core",
@@ -26,12 +26,17 @@ IMPORTS = (
 )
 """What the engine's process needs. One that a version of vLLM lacks is imported when needed."""
 
-NVIDIA = Path("/dev/nvidiactl")
+NVIDIA = "libnvidia-ml.so.1"
+"""The library by which vLLM, too, finds out that it is on NVIDIA's cards."""
 
 
 def serves() -> bool:
     """Whether engines are forked on this machine: those on NVIDIA's cards are."""
-    return NVIDIA.exists()
+    try:
+        ctypes.CDLL(NVIDIA)
+    except OSError:
+        return False
+    return True
 
 
 class _Process(ForkServerProcess):

@@ -135,7 +135,7 @@ class Harvest:
                 self._queue.pop()
                 continue
             fits = self.tokens + row.tokens <= room.tokens and self.rows + 1 <= room.sequences
-            paced = self._control.ready or self._idle or not self._rows
+            paced = self._control.ready or self._idle
             # Where there is nothing else any row may go, however large and slow.
             if not (fits and paced) and (self._rows or self._online()):
                 return

@@ -32,6 +32,14 @@ GROWTH = 1.2
 LEAST_TOKENS = 16.0
 """And the fewest that they shrink to: so they grow back within seconds."""
 
+SHED = 0.5
+"""What stays of the sequences, at most, where steps are too long: online traffic that grows will go
+on growing, and a row that stays a little longer costs its step and those after it."""
+
+REST_S = 2.0
+"""For so long steps must have been short enough after that, before rows are fed again: in a burst
+they would be fed into every gap, and go again."""
+
 TOLERANCE = 1.05
 """Steps that are longer by less than this cost no row its place."""
 
@@ -109,11 +117,12 @@ class StepControl:
         self._seconds = 0.0
         self._sequences = 0.0
         self._unfed_s = 0.0
+        self._rest_s = 0.0
 
     @property
     def ready(self) -> bool:
         """Whether another prompt may be fed."""
-        return self._credit > 0
+        return self._credit > 0 and self._rest_s <= 0
 
     def feed(self, row: Hashable, prompt_tokens: float) -> None:
         """Spend credit on a row; a long prompt overdraws it, and the next ones wait longer."""
@@ -144,6 +153,7 @@ class StepControl:
         self._seconds = kept * self._seconds + step_s
         self._sequences = kept * self._sequences + running
         self._unfed_s += step_s
+        self._rest_s = REST_S if self._rest_s > 0 and self._too_long > 1 else self._rest_s - step_s
         self._longest_s = max(self._longest_s, step_s)
         # What the last step paid too much counts for the next lump, and no more than that.
         debt_s = self._debt_s + step_s - self._target_s
@@ -166,11 +176,12 @@ class StepControl:
         """Sequences, online ones included, that may stay."""
         if self._too_long <= TOLERANCE or self._unfed_s < STEP_MEMORY_S:
             return math.inf
-        return self._sequences / self._steps / self._too_long
+        return self._sequences / self._steps * min(SHED, 1 / self._too_long)
 
     def shrunk(self) -> None:
         """Rows have gone: whether more must go, only steps without them tell."""
         self._steps = self._seconds = self._sequences = self._unfed_s = 0.0
+        self._rest_s = REST_S
 
     @property
     def _too_long(self) -> float:

@@ -207,7 +207,7 @@ def test_an_engine_whose_process_dies_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: bool
 ) -> None:
     if forked:  # as with an NVIDIA card
-        monkeypatch.setattr(fork_server, "NVIDIA", Path(os.devnull))
+        monkeypatch.setattr(fork_server, "NVIDIA", None)  # which is this process
     others = marked_children()
     running = Running(tiny(tmp_path / "tiny", num_gpus=float(forked)))
     (engine,) = [
