@@ -100,7 +100,8 @@ class StepControl:
     with much to do would gather several, and the engine get them all in one step.
 
     Only when nothing was fed for a while and steps are still too long, as when online requests come
-    in numbers, rows must go: so many that the rest makes steps of the right length.
+    in numbers, rows must go: so many that the rest makes steps of the right length, and at least
+    half. Then none are fed until steps have been short enough for some time.
     """
 
     def __init__(self, target_s: float, most_tokens: int) -> None:
@@ -140,7 +141,9 @@ class StepControl:
 
         No length: there was no sequence that could have waited for its next token.
         """
-        if step_s is not None:
+        if step_s is None:
+            self._rest_s = 0.0
+        else:
             self._remember(step_s, running)
         if self._unseen:
             self._look_out(begun)

@@ -175,6 +175,28 @@ def test_rows_yield_when_steps_get_longer_than_online_requests_may_wait() -> Non
     asyncio.run(scenario())
 
 
+def test_rows_that_went_for_a_burst_come_back_when_it_is_over_and_not_in_its_gaps() -> None:
+    async def scenario() -> None:
+        engine = Engine(tokens=100_000, target_tpot_ms=50)
+        for name in names(4):
+            engine.row(name)
+        await engine.online(10)
+        for _ in range(200):
+            engine.harvest.step(5, 0.2, 0)
+        await settle()
+        assert not engine.running
+        for _ in range(20):
+            engine.harvest.step(1, 0.02, 0)
+        await settle()
+        assert not engine.running
+        for _ in range(200):
+            engine.harvest.step(1, 0.02, 0)
+        await settle()
+        assert sorted(engine.running) == names(4)
+
+    asyncio.run(scenario())
+
+
 def test_a_cancelled_row_frees_its_place_whether_it_runs_or_waits() -> None:
     async def scenario() -> None:
         engine = Engine(tokens=100)

@@ -1,9 +1,17 @@
 """What online traffic leaves for batch rows: tokens above a reserve, and steps that stay short."""
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from phi4ray.serve.slack import HarvestConfig, RecentPeak, Slack, StepControl, slack
+from phi4ray.serve.slack import (
+    REST_S,
+    HarvestConfig,
+    RecentPeak,
+    Slack,
+    StepControl,
+    slack,
+)
 
 CAPACITY = 1000.0
 
@@ -170,6 +178,46 @@ def test_when_online_requests_make_steps_too_long_rows_go_and_come_back_afterwar
     assert not engine.left
     engine.run(60, online=10)
     assert len(engine.left) > 0.8 * before
+
+
+def test_in_a_burst_no_row_is_fed_into_its_gaps() -> None:
+    engine = Engine(0.04, fixed_s=0.005, each_s=1e-4, prompt_s=2.5e-5)
+    engine.run(60, online=10)
+    engine.run(2, online=500)
+    fed = engine.fed
+    for _ in range(10):
+        engine.run(0.5, online=300)
+        engine.run(0.5, online=500)
+    assert engine.fed == fed
+
+
+def test_after_rows_went_none_are_fed_until_steps_have_been_short_for_some_time() -> None:
+    control = StepControl(0.05, 1000)
+    control.shrunk()
+    for step_s in [0.04] * 25 + [0.2]:
+        control.observe(step_s, 5, 0)
+    steps = 0
+    while not control.ready:
+        control.observe(0.04, 5, 0)
+        steps += 1
+    assert steps * 0.04 > REST_S
+
+
+def test_where_no_sequence_waits_for_a_token_rows_are_fed_again_at_once() -> None:
+    control = StepControl(0.05, 1000)
+    control.shrunk()
+    control.observe(None, 1, 0)
+    assert control.ready
+
+
+def test_when_rows_must_go_at_least_half_of_them_do() -> None:
+    control = StepControl(0.05, 1000)
+    for _ in range(100):
+        control.observe(0.055, 100, 0)
+    assert control.keep == pytest.approx(50)
+    for _ in range(100):
+        control.observe(0.2, 100, 0)
+    assert control.keep == pytest.approx(25)
 
 
 def test_prompts_go_many_at_once_where_each_step_with_prompts_costs_more() -> None:
