@@ -30,7 +30,8 @@ CONFIG: dict[str, Any] = {
 SLEEPY = {
     **CONFIG,
     "autoscaling": {
-        **CONFIG["autoscaling"], "sleep_delay_s": 1, "downscale_to_zero_delay_s": 10,
+        # The second is as long as a batch job may take to its first row on a slow machine.
+        **CONFIG["autoscaling"], "sleep_delay_s": 1, "downscale_to_zero_delay_s": 40,
     },
 }  # fmt: skip
 BUDGET = {**CONFIG, "autoscaling": {**CONFIG["autoscaling"], "batch_replicas": 1}}
