@@ -100,10 +100,9 @@ def main() -> None:
     if arguments.child:
         asyncio.run(start(json.loads(arguments.child)))
         return
-    with contextlib.ExitStack() as stack:
-        folder = arguments.folder or Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="phi4ray-"))
-        )
+    kept = arguments.folder and contextlib.nullcontext(arguments.folder)
+    with kept or tempfile.TemporaryDirectory(prefix="phi4ray-") as name:
+        folder = Path(name)
         config = engine(arguments, folder)
         results = {}
         for side in arguments.starts:

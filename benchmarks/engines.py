@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from phi4ray.amx import WORKER_EXTENSION
 from phi4ray.recipes import find_recipe
 
 _CPU = {
@@ -52,5 +53,5 @@ def on_ray(engine: str) -> dict[str, Any]:
 
 def bare_arguments(engine: str) -> dict[str, Any]:
     """An engine's arguments where vLLM is asked directly, with what replicas add by themselves."""
-    added = {} if on_gpus(engine) else {"worker_extension_cls": "phi4ray.amx.AMX"}
+    added = {} if on_gpus(engine) else {"worker_extension_cls": WORKER_EXTENSION}
     return ENGINES[engine] | added

@@ -20,3 +20,7 @@ if platform.machine() == "x86_64":
 
 class AMX:
     """A `worker_extension_cls` of vLLM's. It adds nothing: importing it is what helps."""
+
+
+WORKER_EXTENSION = f"{AMX.__module__}.{AMX.__qualname__}"
+"""As vLLM is told of it."""

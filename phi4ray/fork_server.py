@@ -16,15 +16,13 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 
 IMPORTS = (
     "vllm.v1.engine.core",
-    "vllm.v1.executor.uniproc_executor",
     "vllm.v1.worker.gpu_worker",
     "vllm.v1.attention.backends.flash_attn",
     "vllm.compilation.backends",
     "vllm.model_executor.models.phi3",
-    "torch._inductor.compile_fx",
-    "ray",
 )
-"""What the engine's process needs. One that a version of vLLM lacks is imported when needed."""
+"""What the engine's process needs, with all that these import. One that a version of vLLM lacks is
+imported when needed."""
 
 NVIDIA = "libnvidia-ml.so.1"
 """The library by which vLLM, too, finds out that it is on NVIDIA's cards."""
@@ -45,7 +43,7 @@ class _Process(ForkServerProcess):
     What was imported saw that of the server's start.
     """
 
-    _environment: Mapping[str, str] = {}
+    _environment: Mapping[str, str]
 
     def start(self) -> None:
         self._environment = dict(os.environ)

@@ -30,7 +30,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
-from phi4ray import engine_log
+from phi4ray import amx, engine_log
 from phi4ray.config import Endpoint, EngineConfig
 from phi4ray.errors import ConfigError, EngineDeadError, EngineStartError
 from phi4ray.protocol import Answer, Json, KVState, refusal
@@ -281,13 +281,13 @@ class VllmReplica:
 @contextlib.contextmanager
 def _started_by(processes: BaseContext | None) -> Iterator[None]:
     """Have vLLM start its processes so. Its settings know "spawn" and "fork" alone."""
-    ours = engine_utils.get_mp_context
+    vllms = engine_utils.get_mp_context
     if processes is not None:
         engine_utils.get_mp_context = lambda: processes
     try:
         yield
     finally:
-        engine_utils.get_mp_context = ours
+        engine_utils.get_mp_context = vllms
 
 
 class _NoMetrics(PrometheusStatLogger):
@@ -325,5 +325,5 @@ def server_args(config: EngineConfig) -> Namespace:
             raise ConfigError(f"this vLLM has no engine argument {name!r}: see `vllm serve --help`")
         setattr(args, name, value)
     if current_platform.is_cpu() and args.worker_extension_cls == "":
-        args.worker_extension_cls = "phi4ray.amx.AMX"
+        args.worker_extension_cls = amx.WORKER_EXTENSION
     return args

@@ -49,6 +49,11 @@ class Engine:
         assert await self.tasks[name] == name
         await settle()
 
+    async def steps(self, count: int, running: int, step_s: float) -> None:
+        for _ in range(count):
+            self.harvest.step(running, step_s, 0)
+        await settle()
+
     async def online(self, tokens: float) -> Callable[[], Coroutine[Any, Any, None]]:
         """An online request; gives what ends it."""
         done = asyncio.Event()
@@ -67,6 +72,15 @@ class Engine:
             await settle()
 
         return finish
+
+
+async def beside_an_online_request(rows: int) -> Engine:
+    """An engine with so many rows and one online request, whose steps may last 50 ms."""
+    engine = Engine(tokens=100_000, target_tpot_ms=50)
+    for name in names(rows):
+        engine.row(name)
+    await engine.online(10)
+    return engine
 
 
 async def settle() -> None:
@@ -162,13 +176,8 @@ def test_beside_online_requests_a_step_gets_only_so_many_prompt_tokens() -> None
 
 def test_rows_yield_when_steps_get_longer_than_online_requests_may_wait() -> None:
     async def scenario() -> None:
-        engine = Engine(tokens=100_000, target_tpot_ms=50)
-        for name in names(40):
-            engine.row(name)
-        await engine.online(10)
-        for _ in range(200):
-            engine.harvest.step(41, 0.1, 0)  # twice as long as they may be
-        await settle()
+        engine = await beside_an_online_request(40)
+        await engine.steps(200, 41, 0.1)  # twice as long as they may be
         assert len(engine.running) == 19  # 20.5 sequences, one of them online
         assert sorted(engine.running) == names(19)
 
@@ -177,21 +186,12 @@ def test_rows_yield_when_steps_get_longer_than_online_requests_may_wait() -> Non
 
 def test_rows_that_went_for_a_burst_come_back_when_it_is_over_and_not_in_its_gaps() -> None:
     async def scenario() -> None:
-        engine = Engine(tokens=100_000, target_tpot_ms=50)
-        for name in names(4):
-            engine.row(name)
-        await engine.online(10)
-        for _ in range(200):
-            engine.harvest.step(5, 0.2, 0)
-        await settle()
+        engine = await beside_an_online_request(4)
+        await engine.steps(200, 5, 0.2)
         assert not engine.running
-        for _ in range(20):
-            engine.harvest.step(1, 0.02, 0)
-        await settle()
+        await engine.steps(20, 1, 0.02)
         assert not engine.running
-        for _ in range(200):
-            engine.harvest.step(1, 0.02, 0)
-        await settle()
+        await engine.steps(200, 1, 0.02)
         assert sorted(engine.running) == names(4)
 
     asyncio.run(scenario())

@@ -4,14 +4,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from phi4ray.serve.slack import (
-    REST_S,
-    HarvestConfig,
-    RecentPeak,
-    Slack,
-    StepControl,
-    slack,
-)
+from phi4ray.serve.slack import REST_S, HarvestConfig, RecentPeak, Slack, StepControl, slack
 
 CAPACITY = 1000.0
 
