@@ -215,8 +215,9 @@ class Cluster:
         cluster: Object,
         secrets: Mapping[str, Mapping[str, str]],
     ) -> None:
-        cache = folder / "cache"
-        cache.mkdir(parents=True)
+        # A volume outlives the clusters that claim it: others find there what the first compiled.
+        cache = image / "cache"
+        cache.mkdir(exist_ok=True)
         assert cluster["authOptions"] == {"mode": "token"}
         added = {
             "RAY_ADDRESS": ADDRESS, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN,

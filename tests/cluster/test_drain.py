@@ -16,9 +16,12 @@ import pytest
 
 from tests.online_load import AT_ONCE, load
 from tests.processes import replicas_below
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 REQUESTS = 10_000
+# Replicas and version, from three of version 0 on: scale in, then scale out with a new version.
+CHANGES = ((1, 0), (3, 1), (2, 1), (3, 2), (1, 2), (3, 3))
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 # In a process of its own, because Ray Serve reads its environment when it is imported.
@@ -93,14 +96,15 @@ def service() -> Iterator[Service]:
 
 def test_no_request_fails_while_replicas_leave_and_are_replaced(service: Service) -> None:
     clients, outcomes = service.clients(REQUESTS, streams=True)
-    changes = 0
-    while clients.is_alive():
-        # Scale in, scale out, and a new version every other time.
-        service.deploy((1, 3, 2, 3)[changes % 4], changes // 2)
-        changes += 1
-        time.sleep(3)  # or starting replicas take the cores from those that answer
+    # As many changes on every machine: each starts processes, which take the cores from those that
+    # answer.
+    for number, (replicas, version) in enumerate(CHANGES):
+        begin = REQUESTS * (number + 0.5) / (len(CHANGES) + 1)
+        until(lambda begin=begin: outcomes.total() >= begin, 300)
+        assert clients.is_alive()
+        service.deploy(replicas, version)
+    clients.join()
     assert outcomes == {"ok": REQUESTS}
-    assert changes >= 4
 
 
 def test_a_client_that_paused_finds_the_service_that_was_deployed_meanwhile(
