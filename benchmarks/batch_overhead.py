@@ -5,7 +5,7 @@
 
 Shapes are prompt x answer tokens. `ragged:` has answers of half to one and a half times that
 length, `heavy:` of log-normal lengths with that mean, each row with its own limit; `shared:` has
-prompts whose first half is one of 64, in random order.
+prompts whose first half is that of eight rows, in random order.
 
 The same rows and engine arguments on every side, each side in a process of its own, one after the
 other. Compared is the engine phase: from the moment when the engine is ready to the last answer
@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SPREAD = 1.2
 """The sigma of heavy-tailed lengths: the longest hundredth is 8 times as long as the mean."""
 LONGEST = 8192
-SHARED = 64
+SHARED = 8
+"""So many rows share a prefix."""
 
 SIDES = ("bare", "ours", "ray.data.llm")
 
@@ -94,7 +95,7 @@ def prepare(folder: Path, engine: str, shape: str, rows: int) -> None:
         ids = tokenizer.encode(" ".join(random_.choices(words, k=tokens)))
         return tokenizer.decode(ids[:tokens])
 
-    shared = [text(prompt_tokens // 2) for _ in range(SHARED)] if kind == "shared" else []
+    shared = [text(prompt_tokens // 2) for _ in range(rows // SHARED)] if kind == "shared" else []
     longest = min(LONGEST, ENGINES[engine]["max_model_len"] - prompt_tokens - 64)
     middle = math.log(answer_tokens) - SPREAD**2 / 2
     (folder / "prompts").mkdir()

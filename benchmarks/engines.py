@@ -17,6 +17,8 @@ del _H200["model"]
 ENGINES: dict[str, dict[str, Any]] = {
     # The tiny model: its engine is so fast that all around it counts several times.
     "cpu": _CPU,
+    # A cache of 64 MiB, 65,536 tokens of the tiny model: too few for many prefixes beside requests.
+    "cpu-tight": _CPU | {"kv_cache_memory_bytes": 1 << 26},
     # One of 170 million parameters, whose steps take long enough to be what a service waits for.
     "cpu-170m": _CPU,
     # Phi-4-mini at full size: what a service on a CPU would really have.

@@ -14,9 +14,12 @@ import os
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Iterator
 from multiprocessing.context import BaseContext
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
+from starlette.requests import Request
+from starlette.responses import Response
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -27,6 +30,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine import utils as engine_utils
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineGenerateError
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
@@ -112,8 +116,12 @@ class VllmReplica:
         # A library below it sets the root logger to this, and to errors only if there is none.
         os.environ.setdefault("SAGEMAKER_CONTAINER_LOG_LEVEL", str(logging.root.level))
         self.app = build_app(args, tasks, config.model_config)
+        self.app.add_exception_handler(EngineGenerateError, _as_its_cause)
+        self.app.middleware_stack = None  # built already, and so with the handlers of before
         state = self.app.state
         await init_app_state(engine, state, args, tasks)
+        # vLLM's handlers tell the server to exit with a dead engine; here its watcher does.
+        state.server = SimpleNamespace(should_exit=False)
         for endpoint, request_type, serving, method in (
             ("/v1/chat/completions", ChatCompletionRequest, "openai_serving_chat",
              "create_chat_completion"),
@@ -276,6 +284,19 @@ class VllmReplica:
         if engine is not None:
             await asyncio.to_thread(engine.shutdown, STOP_S)
         self._guard.close()
+
+
+async def _as_its_cause(request: Request, error: EngineGenerateError) -> Response:
+    """Answer as vLLM does to the error below this one, which tells whose fault it is.
+
+    What cannot be sent to the engine, as an integer of 70 bits, is the client's and not a 500.
+    """
+    cause = error.__cause__ or error
+    handlers = request.app.exception_handlers
+    kinds = (kind for kind in type(cause).__mro__ if kind is not EngineGenerateError)
+    handler = next(handlers[kind] for kind in kinds if kind in handlers)
+    answer: Response = await handler(request, cause)
+    return answer
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import tenacity
 
 from phi4ray.batch.carried import decode_schema
 from phi4ray.batch.files import Reader
-from phi4ray.batch.pacing import Pacer, order, rank_of
+from phi4ray.batch.pacing import Pacer, rank_of
 from phi4ray.batch.parts import (
     Receipt,
     Result,
@@ -194,17 +194,11 @@ class ShardWorker:
         """Have every row with a request answered; the rest are errors already."""
         self._open[shard.index] = Done()
         results = [row.result for row in rows]
-        asked: list[tuple[int, Request, str, int | None]] = []
-        for at, row in enumerate(rows):
-            if row.request is None:
-                self._count(shard, row.result)
-            else:
-                body = row.request.body
-                asked.append((at, row.request, prompt_of(body), max_tokens_of(body)))
 
-        async def answer(at: int, request: Request, chars: int, limit: int | None) -> None:
+        async def answer(at: int, request: Request) -> None:
+            prompt, limit = prompt_of(request.body), max_tokens_of(request.body)
             demand = await self._pacer.acquire(
-                lambda: self._lengths.demand(chars, limit), rank_of(limit)
+                lambda: self._lengths.demand(len(prompt), limit), rank_of(limit), prompt
             )
             try:
                 result = results[at] = await self._answer_or_stop(results[at], request)
@@ -212,13 +206,17 @@ class ShardWorker:
                 self._pacer.release(demand)
             self._count(shard, result)
             if result.prompt_tokens:
-                self._lengths.observe(chars, result.prompt_tokens, result.completion_tokens or 0)
+                self._lengths.observe(
+                    len(prompt), result.prompt_tokens, result.completion_tokens or 0
+                )
 
         try:
             async with asyncio.TaskGroup() as group:
-                for position in order([(prompt, limit) for _, _, prompt, limit in asked]):
-                    at, request, prompt, limit = asked[position]
-                    group.create_task(answer(at, request, len(prompt), limit))
+                for at, row in enumerate(rows):
+                    if row.request is None:
+                        self._count(shard, row.result)
+                    else:
+                        group.create_task(answer(at, row.request))
         except BaseExceptionGroup as failures:
             # One cause and not a group, so that it keeps its type over process borders.
             raise failures.exceptions[0] from None

@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi4ray.batch.pacing import Pacer, order
+from phi4ray.batch.pacing import FOLLOWERS, KIN_CHARS, Pacer, common_chars, rank_of
 from phi4ray.protocol import KVState
 
 
@@ -193,29 +193,97 @@ def test_every_row_gets_its_turn_and_all_room_comes_back(
     asyncio.run(scenario())
 
 
-# Order
+# Kin
 
-requests = st.lists(st.tuples(st.text("ab", max_size=4), st.none() | st.integers(1, 5000)))
-
-
-@given(requests)
-def test_every_request_is_asked_once(rows: list[tuple[str, int | None]]) -> None:
-    assert sorted(order(rows)) == list(range(len(rows)))
+SHORT, LONG = "x" * (KIN_CHARS - 2), "x" * KIN_CHARS
 
 
-@given(requests)
-def test_long_answers_do_not_end_up_last(rows: list[tuple[str, int | None]]) -> None:
-    limits = [rows[at][1] for at in order(rows)]
-    sizes = [2**63 if limit is None else limit for limit in limits]
+async def went(rows: list[tuple[str, int]], at_once: int = 1) -> list[int]:
+    """The order in which rows go that all wait already, given as prompts and ranks."""
+    room, found = pacer(rows=at_once), []
+
+    async def go(number: int, prompt: str, rank: int) -> None:
+        tokens = await room.acquire(lambda: 1.0, rank, prompt)
+        found.append(number)
+        room.release(tokens)
+
+    for _ in range(at_once):
+        await acquired(room, 1)
+    tasks = [asyncio.create_task(go(at, *row)) for at, row in enumerate(rows)]
+    await settle()
+    for _ in range(at_once):
+        room.release(1)
+    await asyncio.wait_for(asyncio.gather(*tasks), 5)
+    return found
+
+
+def test_rows_that_share_a_prefix_go_together_and_in_order_of_their_prompts() -> None:
+    rows = [(f"{LONG}{'ab'[n % 2]}{n}", 0) for n in range(6)] + [("other", 0)]
+    assert asyncio.run(went(rows)) == [0, 2, 4, 1, 3, 5, 6]
+
+
+def test_a_prefix_that_all_share_or_that_is_short_leaves_rows_as_they_came() -> None:
+    for prefix, others in ((LONG, []), (SHORT, [("other", 0)])):
+        rows = [(f"{prefix}{'ba'[n % 2]}", 0) for n in range(6)] + others
+        assert asyncio.run(went(rows)) == list(range(len(rows)))
+
+
+def test_rows_with_longer_answers_do_not_wait_for_kin_of_others() -> None:
+    rows = [(LONG, 0), ("other", -1), (LONG, 0), (LONG, -1)]
+    assert asyncio.run(went(rows)) == [1, 3, 0, 2]
+
+
+def test_kin_that_gave_up_are_passed_over() -> None:
+    async def scenario() -> None:
+        room, found = pacer(rows=1), []
+
+        async def go(name: str) -> None:
+            tokens = await room.acquire(lambda: 1.0, 0, f"{LONG}{name}")
+            found.append(name)
+            room.release(tokens)
+
+        await acquired(room, 1)
+        tasks = {name: asyncio.create_task(go(name)) for name in ("a", "b", "c")}
+        tasks["z"] = asyncio.create_task(room.acquire(lambda: 1.0, 0, "z"))
+        await settle()
+        tasks["b"].cancel()
+        room.release(1)  # before the one that gave up has heard of it
+        await asyncio.wait([*tasks.values()], timeout=5)
+        assert found == ["a", "c"]
+        assert tasks["z"].done()
+
+    asyncio.run(scenario())
+
+
+texts = st.builds(
+    lambda shared, rest: shared * KIN_CHARS + rest, st.sampled_from("pq"), st.text("ab", max_size=3)
+)
+
+
+@given(st.lists(st.tuples(texts, st.integers(-1, 0)), max_size=100), st.integers(1, 5))
+def test_every_row_goes_once_and_none_is_passed_by_more_than_the_kin_of_its_elders(
+    rows: list[tuple[str, int]], at_once: int
+) -> None:
+    order = asyncio.run(went(rows, at_once))
+    assert sorted(order) == list(range(len(rows)))
+    for rank in (-1, 0):
+        elders = [at for at, row in enumerate(rows) if row[1] == rank]
+        place = {at: place for place, at in enumerate(at for at in order if rows[at][1] == rank)}
+        for before, at in enumerate(elders):
+            assert place[at] <= before * (1 + FOLLOWERS)
+
+
+@given(st.text("ab", max_size=40), st.text("ab", max_size=40))
+def test_common_chars_is_the_length_of_the_common_prefix(one: str, other: str) -> None:
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    assert common_chars(one, other) == len(list(alike))
+
+
+# Rank
+
+
+@given(st.lists(st.none() | st.integers(1, 5000)))
+def test_long_answers_do_not_end_up_last(limits: list[int | None]) -> None:
+    sizes = [2**63 if limit is None else limit for limit in sorted(limits, key=rank_of)]
     for before, after in itertools.pairwise(sizes):
         assert after < 2 * before  # equal to a power of two
-
-
-def test_requests_with_a_shared_prefix_meet() -> None:
-    rows = [(f"{'doc one' if n % 2 else 'doc two'}: question {n}", 100) for n in range(10)]
-    asked = [rows[at][0].split(":")[0] for at in order(rows)]
-    assert asked == ["doc one"] * 5 + ["doc two"] * 5
-
-
-def test_requests_alike_in_all_that_counts_keep_their_order() -> None:
-    assert order([("same", 100)] * 20) == list(range(20))
