@@ -1,5 +1,7 @@
 """What tests wait for: something that comes true, a server that answers, a port that is free."""
 
+import contextlib
+import random
 import socket
 import time
 from collections.abc import Callable
@@ -40,7 +42,13 @@ def until_ready(url: str, server: psutil.Popen, log: Path, seconds: float) -> No
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of this machine that nothing listens on.
+
+    None that the kernel gives to connections (from 32768 on), nor one of those that Ray's workers
+    and replicas take by themselves: what will listen there takes a minute to start.
+    """
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            port = random.randrange(20_000, 30_000)
+            probe.bind(("127.0.0.1", port))
+            return port

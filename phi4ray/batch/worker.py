@@ -1,7 +1,8 @@
 """A shard worker: reads a shard's rows, has a replica answer them, writes the part.
 
 Several shards run at once in one worker. Of all their rows, those that may take longest go to the
-engine first, and rows alike in the order of the shards: nothing waits for a whole shard to finish.
+engine first, those that share a prefix together, and rows alike in the order of the shards: nothing
+waits for a whole shard to finish.
 """
 
 import asyncio
