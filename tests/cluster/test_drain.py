@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 REQUESTS = 10_000
 # Replicas and version, from three of version 0 on: scale in, then scale out with a new version.
 CHANGES = ((1, 0), (3, 1), (2, 1), (3, 2), (1, 2), (3, 3))
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 # In a process of its own, because Ray Serve reads its environment when it is imported.
 OPERATOR = """
