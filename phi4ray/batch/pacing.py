@@ -11,8 +11,7 @@ import heapq
 import itertools
 from bisect import bisect_left, insort
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from operator import attrgetter
+from dataclasses import dataclass
 
 from phi4ray.protocol import KVState
 
@@ -29,15 +28,15 @@ have more shards in work at once, whose finished rows are lost with the replica.
 """
 
 
-@dataclass(order=True, frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class _Row:
-    """One that waits, by its place among kin."""
+    """One that waits."""
 
-    prompt: str
+    rank: int
     came: int
-    rank: int = field(compare=False)
-    demand: Callable[[], float] = field(compare=False)
-    place: asyncio.Future[float] = field(compare=False)
+    prompt: str
+    demand: Callable[[], float]
+    place: asyncio.Future[float]
 
 
 class Pacer:
@@ -56,7 +55,7 @@ class Pacer:
         self._came = itertools.count()
         # All that wait, and some that no longer do: by rank and age, and of each rank by prompt.
         self._by_age: list[tuple[int, int, _Row]] = []
-        self._by_prompt: dict[int, list[_Row]] = {}
+        self._by_prompt: dict[int, list[tuple[str, int, _Row]]] = {}
         self._leader: _Row | None = None
         self._followers = 0
 
@@ -66,9 +65,9 @@ class Pacer:
         `demand` is asked when the row's turn comes: by then, finished rows have taught more.
         """
         loop = asyncio.get_running_loop()
-        row = _Row(prompt, next(self._came), rank, demand, loop.create_future())
+        row = _Row(rank, next(self._came), prompt, demand, loop.create_future())
         heapq.heappush(self._by_age, (rank, row.came, row))
-        insort(self._by_prompt.setdefault(rank, []), row)
+        insort(self._by_prompt.setdefault(rank, []), (prompt, row.came, row))
         loop.call_soon(self._let_in)  # or it would pass those that are let in and not awake yet
         try:
             return await row.place
@@ -115,19 +114,20 @@ class Pacer:
             return None
         rows = self._by_prompt[rank]
         # What all share is in the cache anyway: of the first and the last, so of all between.
-        chars = common_chars(rows[0].prompt, rows[-1].prompt) + KIN_CHARS
+        chars = common_chars(rows[0][0], rows[-1][0]) + KIN_CHARS
         prefix = self._leader.prompt[:chars]
-        at = bisect_left(rows, prefix, key=attrgetter("prompt"))
-        while len(prefix) == chars and at < len(rows) and rows[at].prompt.startswith(prefix):
-            if not rows[at].place.done():
-                return rows[at]
+        at = bisect_left(rows, (prefix,))
+        while len(prefix) == chars and at < len(rows) and rows[at][0].startswith(prefix):
+            kin = rows[at][2]
+            if not kin.place.done():
+                return kin
             del rows[at]
         return None
 
     def _forget(self, row: _Row) -> None:
         rows = self._by_prompt[row.rank]
-        at = bisect_left(rows, row)
-        if at < len(rows) and rows[at] is row:
+        at = bisect_left(rows, (row.prompt, row.came))
+        if at < len(rows) and rows[at][1] == row.came:
             del rows[at]
 
     def _fits(self, tokens: float) -> bool:

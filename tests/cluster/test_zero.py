@@ -26,7 +26,7 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
-# One that has nothing to do for a second sleeps; after ten it goes.
+# One that has nothing to do for a second sleeps; after forty it goes.
 SLEEPY = {
     **CONFIG,
     "autoscaling": {
