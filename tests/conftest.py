@@ -43,6 +43,7 @@ class SideBySide(LoadScopeScheduling):  # type: ignore[misc]
         return "serve" if file.startswith("tests/cluster/") else file
 
 
+@pytest.hookimpl(optionalhook=True)  # one process, -p no:xdist, asks for none
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SideBySide:
     return SideBySide(config, log)
 
