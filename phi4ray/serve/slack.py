@@ -40,8 +40,10 @@ REST_S = 2.0
 """For so long steps must have been short enough after that, before rows are fed again: in a burst
 they would be fed into every gap, and go again."""
 
-TOLERANCE = 1.05
-"""Steps that are longer by less than this cost no row its place."""
+EXCESS_STEPS = 2.0
+"""Rows go when the steps since the last lump were, in sum, longer than they may by so many targets,
+of which no step counts more than one: one late step costs no row its place, nor do steps that are
+now longer and now shorter, and what is a little too much ends by itself before, as rows do."""
 
 IDLE_OVERSUBSCRIBE = 1.25
 """What batch holds of an idle replica: a few rows wait in the engine, for its next free places."""
@@ -99,8 +101,8 @@ class StepControl:
     Rows take their time through the front end. One lump at a time is on that way: else a front end
     with much to do would gather several, and the engine get them all in one step.
 
-    Only when nothing was fed for a while and steps are still too long, as when online requests come
-    in numbers, rows must go: so many that the rest makes steps of the right length, and at least
+    Only when nothing is fed and steps stay too long all the same, as when online requests come in
+    numbers, rows must go: so many that the rest makes steps of the right length, and at least
     half. Then none are fed until steps have been short enough for some time.
     """
 
@@ -117,7 +119,7 @@ class StepControl:
         self._steps = 0.0
         self._seconds = 0.0
         self._sequences = 0.0
-        self._unfed_s = 0.0
+        self._excess_s = 0.0  # of the steps since the last lump
         self._rest_s = 0.0
 
     @property
@@ -155,7 +157,8 @@ class StepControl:
         self._steps = kept * self._steps + 1
         self._seconds = kept * self._seconds + step_s
         self._sequences = kept * self._sequences + running
-        self._unfed_s += step_s
+        excess_s = self._excess_s + min(step_s - self._target_s, self._target_s)
+        self._excess_s = min((EXCESS_STEPS + 1) * self._target_s, max(0.0, excess_s))
         self._rest_s = REST_S if self._rest_s > 0 and self._too_long > 1 else self._rest_s - step_s
         self._longest_s = max(self._longest_s, step_s)
         # What the last step paid too much counts for the next lump, and no more than that.
@@ -164,7 +167,7 @@ class StepControl:
 
     def _look_out(self, begun: int) -> None:
         """See the lump arrive, and make the next one larger or smaller by how long that took."""
-        self._unfed_s = 0.0
+        self._excess_s = 0.0
         # Online requests count as well, which lets the next lump go a little early.
         for row in list(self._unseen)[:begun]:
             del self._unseen[row]
@@ -177,13 +180,13 @@ class StepControl:
     @property
     def keep(self) -> float:
         """Sequences, online ones included, that may stay."""
-        if self._too_long <= TOLERANCE or self._unfed_s < STEP_MEMORY_S:
+        if self._excess_s <= EXCESS_STEPS * self._target_s:
             return math.inf
         return self._sequences / self._steps * min(SHED, 1 / self._too_long)
 
     def shrunk(self) -> None:
         """Rows have gone: whether more must go, only steps without them tell."""
-        self._steps = self._seconds = self._sequences = self._unfed_s = 0.0
+        self._steps = self._seconds = self._sequences = self._excess_s = 0.0
         self._rest_s = REST_S
 
     @property

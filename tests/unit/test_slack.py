@@ -1,5 +1,7 @@
 """What online traffic leaves for batch rows: tokens above a reserve, and steps that stay short."""
 
+import math
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -211,6 +213,14 @@ def test_when_rows_must_go_at_least_half_of_them_do() -> None:
     for _ in range(100):
         control.observe(0.2, 100, 0)
     assert control.keep == pytest.approx(25)
+
+
+@pytest.mark.parametrize("steps_s", [[0.04] * 100 + [2.0], [0.04, 0.055] * 100])
+def test_a_late_step_and_steps_of_uneven_length_cost_no_row_its_place(steps_s: list[float]) -> None:
+    control = StepControl(0.05, 1000)
+    for step_s in steps_s:
+        control.observe(step_s, 100, 0)
+        assert control.keep == math.inf
 
 
 def test_prompts_go_many_at_once_where_each_step_with_prompts_costs_more() -> None:
