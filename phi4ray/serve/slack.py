@@ -41,9 +41,9 @@ REST_S = 2.0
 they would be fed into every gap, and go again."""
 
 EXCESS_STEPS = 2.0
-"""Rows go when the steps since the last lump were, in sum, longer than they may by so many targets,
-of which no step counts more than one: one late step costs no row its place, nor do steps that are
-now longer and now shorter, and what is a little too much ends by itself before, as rows do."""
+"""Rows go when the steps since the last lump have in sum been longer than they may by so many
+targets. No step counts more than one, so that a late one costs no row its place. What is a little
+too long, or now longer and now shorter, mends itself before that: rows end, and none are fed."""
 
 IDLE_OVERSUBSCRIBE = 1.25
 """What batch holds of an idle replica: a few rows wait in the engine, for its next free places."""
