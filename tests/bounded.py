@@ -15,7 +15,6 @@ MIB = 1 << 20
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.bombs"])
 
-
 BACKSTOP_MIB = 4096
 """Of address space, beyond the limit: what takes without end stops there, not at the machine's."""
 

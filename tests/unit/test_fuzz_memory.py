@@ -1,5 +1,6 @@
 """No input makes a process take more memory than a few rows of the largest size need."""
 
+from operator import mul
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,13 @@ def test_files_that_are_too_much_are_refused_by_name(
     (refusal,) = within(limit_mib, bombs.read_all, tmp_path)
     assert refusal.startswith(f"InputError: {tmp_path}/in/{name}")
     assert said in refusal
+
+
+@pytest.mark.parametrize("taken_mib", [100, 8192])
+def test_what_takes_more_than_its_limit_fails(taken_mib: int) -> None:
+    assert within(100, mul, b"x", 50 * MIB)
+    with pytest.raises(MemoryError):
+        within(50, mul, b"x", taken_mib * MIB)
 
 
 def test_a_body_of_small_lists_is_refused_before_it_is_decoded() -> None:
