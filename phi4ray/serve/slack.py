@@ -119,7 +119,7 @@ class StepControl:
         self._steps = 0.0
         self._seconds = 0.0
         self._sequences = 0.0
-        self._excess_s = 0.0  # of the steps since the last lump
+        self._excess = 0.0  # in targets, of the steps since the last lump
         self._rest_s = 0.0
 
     @property
@@ -157,17 +157,18 @@ class StepControl:
         self._steps = kept * self._steps + 1
         self._seconds = kept * self._seconds + step_s
         self._sequences = kept * self._sequences + running
-        excess_s = self._excess_s + min(step_s - self._target_s, self._target_s)
-        self._excess_s = min((EXCESS_STEPS + 1) * self._target_s, max(0.0, excess_s))
         self._rest_s = REST_S if self._rest_s > 0 and self._too_long > 1 else self._rest_s - step_s
         self._longest_s = max(self._longest_s, step_s)
+        more_s = step_s - self._target_s
         # What the last step paid too much counts for the next lump, and no more than that.
-        debt_s = self._debt_s + step_s - self._target_s
-        self._debt_s = min(STEP_MEMORY_S, max(-self._target_s, debt_s))
+        self._debt_s = min(STEP_MEMORY_S, max(-self._target_s, self._debt_s + more_s))
+        # Of a long burst without rows no more is kept than the first short steps make good.
+        excess = self._excess + min(1.0, more_s / self._target_s)
+        self._excess = min(EXCESS_STEPS + 1, max(0.0, excess))
 
     def _look_out(self, begun: int) -> None:
         """See the lump arrive, and make the next one larger or smaller by how long that took."""
-        self._excess_s = 0.0
+        self._excess = 0.0
         # Online requests count as well, which lets the next lump go a little early.
         for row in list(self._unseen)[:begun]:
             del self._unseen[row]
@@ -180,13 +181,13 @@ class StepControl:
     @property
     def keep(self) -> float:
         """Sequences, online ones included, that may stay."""
-        if self._excess_s <= EXCESS_STEPS * self._target_s:
+        if self._excess <= EXCESS_STEPS:
             return math.inf
         return self._sequences / self._steps * min(SHED, 1 / self._too_long)
 
     def shrunk(self) -> None:
         """Rows have gone: whether more must go, only steps without them tell."""
-        self._steps = self._seconds = self._sequences = self._excess_s = 0.0
+        self._steps = self._seconds = self._sequences = self._excess = 0.0
         self._rest_s = REST_S
 
     @property
