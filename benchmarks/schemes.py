@@ -14,12 +14,10 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from batch_overhead import prepare
-from engines import ENGINES
+from batch_overhead import bare, prepare
 from rich.console import Console
 from rich.table import Table
 
@@ -53,17 +51,20 @@ def main() -> None:
     parser.add_argument("--shape", default="1000x1000", help="prompt x answer tokens")
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--schemes", nargs="+", choices=sorted(SCHEMES), default=list(SCHEMES))
-    parser.add_argument("--scheme", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.scheme:
-        run(arguments.scheme, arguments.folder)
+    if arguments.run:
+        engine, changes, folder = arguments.run
+        run(engine, changes, Path(folder))
         return
     found = []
     for scheme in arguments.schemes:
         with tempfile.TemporaryDirectory(prefix="phi4ray-") as name:
             prepare(Path(name), "h200", arguments.shape, arguments.rows)
-            found.append({"scheme": scheme} | measure(scheme, Path(name)))
+            result = measure(scheme, Path(name))
+            if "failed" in result:
+                raise SystemExit(f"{scheme} failed:\n{result['failed']}")
+            found.append({"scheme": scheme} | result)
             print(json.dumps(found[-1]), flush=True)
     show(found)
 
@@ -73,10 +74,15 @@ def measure(scheme: str, folder: Path) -> dict[str, Any]:
     if scheme == "gptq-4bit":
         file = folder / "model" / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": GPTQ}))
-    command = [sys.executable, __file__, "--scheme", scheme, "--folder", str(folder)]
+    return in_process("h200", SCHEMES[scheme], folder)
+
+
+def in_process(engine: str, changes: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Bare vLLM with some engine arguments changed, in a process of its own: log and figures."""
+    command = [sys.executable, __file__, "--run", json.dumps([engine, changes, str(folder)])]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
-        raise SystemExit(f"{scheme} failed:\n{done.stdout[-3000:]}")
+        return {"failed": done.stdout[-3000:]}
     said = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
     logged = {
         name: float(match[1].replace(",", ""))
@@ -87,25 +93,16 @@ def measure(scheme: str, folder: Path) -> dict[str, Any]:
     return json.loads(said) | logged | {"kernels": kernels}
 
 
-def run(scheme: str, folder: Path) -> None:
+def run(engine: str, changes: dict[str, Any], folder: Path) -> None:
     import torch
-    from vllm import LLM, SamplingParams
 
-    rows = [json.loads(line)["prompt"] for line in (folder / "prompts/prompts.jsonl").open()]
-    sampling = SamplingParams(**json.loads((folder / "sampling.json").read_text()))
-    llm = LLM(str(folder / "model"), **(ENGINES["h200"] | SCHEMES[scheme]))
-    llm.generate(["Hello"], SamplingParams(max_tokens=1), use_tqdm=False)
-    began = time.monotonic()
-    outputs = llm.generate(rows, sampling, use_tqdm=False)
-    seconds = time.monotonic() - began
-    free, total = torch.cuda.mem_get_info()
-    answers = sum(len(output.outputs[0].token_ids) for output in outputs)
-    tokens = answers + sum(len(output.prompt_token_ids or ()) for output in outputs)
-    result = {
-        "seconds": round(seconds, 2), "tokens_per_s": round(tokens / seconds),
-        "answer_tokens_per_s": round(answers / seconds),
-        "memory_gib": round((total - free) / (1 << 30), 1),
-    }  # fmt: skip
+    sampling = json.loads((folder / "sampling.json").read_text())
+    took = bare(str(folder / "model"), folder / "prompts", sampling, engine, **changes)
+    tokens, seconds = took["prompt_tokens"] + took["completion_tokens"], took["engine_s"]
+    result = {"seconds": round(seconds, 2), "tokens_per_s": round(tokens / seconds)}
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        result["memory_gib"] = round((total - free) / (1 << 30), 1)
     print(json.dumps(result))
 
 

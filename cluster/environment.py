@@ -13,6 +13,14 @@ NODES: Mapping[str, str] = {
 }
 """For all clusters."""
 
+LOCAL: Mapping[str, str] = {
+    **NODES,
+    # Ray starts a worker for each core before any is asked for. Ours have an environment of their
+    # own here (`cluster.local`), for which those cannot be used.
+    "RAY_prestart_worker_first_driver": "0",
+}
+"""For a cluster that a job starts by itself."""
+
 SERVING: Mapping[str, str] = {
     **NODES,
     # HAProxy in front, and each replica's own HTTP server behind it.

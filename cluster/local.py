@@ -8,7 +8,7 @@ from pathlib import Path
 
 import ray
 
-from cluster.environment import NODES, set_defaults
+from cluster.environment import LOCAL, set_defaults
 from phi4ray.errors import ClusterError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +30,7 @@ def connected(
     # Outside a submitted job, workers on this machine import from where this process did.
     submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     runtime_env = None if submitted else {"env_vars": {"PYTHONPATH": _python_path()}}
-    set_defaults(NODES)  # which a cluster that is started here reads
+    set_defaults(LOCAL)  # which a cluster that is started here reads
     # Of what a job asks for, only a cluster that is started here takes notice.
     options = {
         "runtime_env": runtime_env,

@@ -185,7 +185,12 @@ class Pod:
     def run(self, *command: str, timeout_s: float = 60) -> tuple[int, str]:
         """Run a command; gives its exit status and all that it said."""
         before = self.log()
-        code = self.start(*command).wait(timeout_s)
+        try:
+            code = self.start(*command).wait(timeout_s)
+        except psutil.TimeoutExpired:
+            raise AssertionError(
+                f"not done in {timeout_s} s: {self.log()[len(before) :]}"
+            ) from None
         return code, self.log()[len(before) :]
 
     def log(self) -> str:
@@ -247,7 +252,7 @@ class Cluster:
     def submit(self, name: str, entrypoint: str) -> tuple[int, str]:
         """Run a job as the submitter's pod does: its shell reads the entrypoint first."""
         submit = f"ray job submit --address {DASHBOARD} --submission-id {name} -- {entrypoint}"
-        return self.head.run("bash", "-c", submit, timeout_s=300)
+        return self.head.run("bash", "-c", submit, timeout_s=600)
 
 
 def ray_start(pod: Pod) -> list[str]:

@@ -3,6 +3,7 @@
 import io
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from tests.manifests import (
 from tests.pods import DASHBOARD, HEAD, TOKEN, WORKER, Cluster, build_image, needs_namespaces
 from tests.waiting import until
 
-pytestmark = [pytest.mark.cluster, needs_kustomize, needs_namespaces, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, needs_kustomize, needs_namespaces, pytest.mark.timeout(1200)]
 
 DOCUMENTED = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 """What docs/operations.md tells to put into the Secret phi4ray-object-store."""
@@ -64,8 +65,8 @@ def test_the_job_of_a_rayjob_answers_all_rows_and_a_retry_of_it_none_again(
     secrets = {"phi4ray-object-store": DOCUMENTED}
     cluster = Cluster(image, tmp_path / "pods", objects, job["rayClusterSpec"], secrets)
     with cluster.running():
-        assert cluster.head.passes("readinessProbe")
-        assert cluster.worker.passes("readinessProbe")
+        for pod in (cluster.head, cluster.worker):
+            until(partial(pod.passes, "readinessProbe"), 60, pod.log)
         code, said = cluster.submit("first", job["entrypoint"])
         assert code == 0, said
         done = parts(answers)
@@ -102,8 +103,8 @@ def test_the_application_of_a_rayservice_answers_a_chat(image: Path, tmp_path: P
         assert cluster.worker.passes("livenessProbe")
         # As KubeRay deploys it.
         dashboard.put("/api/serve/applications/", json=deployed).raise_for_status()
-        until(lambda: status() == "RUNNING", 240, cluster.worker.log)
-        until(lambda: cluster.worker.passes("readinessProbe"), 30, cluster.worker.log)
+        until(lambda: status() == "RUNNING", 480, cluster.worker.log)
+        until(lambda: cluster.worker.passes("readinessProbe"), 60, cluster.worker.log)
         body = {
             "model": "microsoft/phi-4", "max_tokens": 8,
             "messages": [{"role": "user", "content": "Hello"}],
