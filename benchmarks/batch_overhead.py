@@ -146,15 +146,18 @@ def run_side(side: str, engine: str, folder: Path) -> None:
     print(json.dumps(result | {"tokens_per_s": round(total / result["engine_s"], 1)}))
 
 
-def bare(
-    model: str, prompts: Path, sampling: dict[str, Any], engine: str, **changes: Any
-) -> dict[str, Any]:
-    """What `LLM.generate` takes for all rows; `changes` are other engine arguments."""
-    from vllm import LLM, SamplingParams
+def bare(model: str, prompts: Path, sampling: dict[str, Any], engine: str) -> dict[str, Any]:
+    from vllm import LLM
+
+    return generate(LLM(model, **bare_arguments(engine)), prompts, sampling)
+
+
+def generate(llm: Any, prompts: Path, sampling: dict[str, Any]) -> dict[str, Any]:
+    """What `LLM.generate` takes for all rows."""
+    from vllm import SamplingParams
 
     rows = [json.loads(line) for line in (prompts / "prompts.jsonl").open()]
     limits = [SamplingParams(**(sampling | row.get("sampling", {}))) for row in rows]
-    llm = LLM(model, **(bare_arguments(engine) | changes))
     llm.generate(["Hello"], SamplingParams(max_tokens=1), use_tqdm=False)  # as our replicas do
     began = time.monotonic()
     outputs = llm.generate([row["prompt"] for row in rows], limits, use_tqdm=False)

@@ -17,7 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from batch_overhead import bare, prepare
+from batch_overhead import generate, prepare
+from engines import bare_arguments
 from rich.console import Console
 from rich.table import Table
 
@@ -95,9 +96,11 @@ def in_process(engine: str, changes: dict[str, Any], folder: Path) -> dict[str, 
 
 def run(engine: str, changes: dict[str, Any], folder: Path) -> None:
     import torch
+    from vllm import LLM
 
     sampling = json.loads((folder / "sampling.json").read_text())
-    took = bare(str(folder / "model"), folder / "prompts", sampling, engine, **changes)
+    llm = LLM(str(folder / "model"), **(bare_arguments(engine) | changes))
+    took = generate(llm, folder / "prompts", sampling)
     tokens, seconds = took["prompt_tokens"] + took["completion_tokens"], took["engine_s"]
     result = {"seconds": round(seconds, 2), "tokens_per_s": round(tokens / seconds)}
     if torch.cuda.is_available():

@@ -99,8 +99,9 @@ class OnlineReplica(Replica, Protocol):
     on_finished: Callable[[str, int, int], None] | None
     """Told of each sequence that the engine finished: its id, prompt and completion tokens."""
     on_step: Callable[[int, float | None, int], None] | None
-    """Told of each step of the engine: the sequences in it, the mean seconds since the last token
-    of those that got another, and how many got their first one."""
+    """Told of each step of the engine when its tokens are here: the sequences in it, the seconds
+    since the step before was told of (None if no sequence waited for its next token), and how many
+    got their first one."""
 
     def alive(self) -> bool:
         """Whether the engine runs; costs microseconds, never blocks."""

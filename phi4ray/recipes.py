@@ -23,6 +23,8 @@ class Recipe(Config):
     settings: Mapping[str, Any]
     autoscaling: Mapping[str, Any] = Field(default_factory=dict)
     """What is known of its speed, for `phi4ray.serve.autoscaling.AutoscalingPolicyConfig`."""
+    harvest: Mapping[str, Any] = Field(default_factory=dict)
+    """And of its steps, for `phi4ray.serve.slack.HarvestConfig`."""
 
 
 # Phi-4's own advice for reasoning-free use is to sample little; its answers to exams were taken at
@@ -61,6 +63,9 @@ _RECIPES = (
             "lookahead_s": 100.0,
             "downscale_delay_s": 120.0,
         },
+        # A step with 4,096 tokens of prompts lasts 130 ms, which online requests may wait for; with
+        # half of them batch gets 4% less (simulated, benchmarks/RESULTS.md).
+        harvest={"prefill_tokens": 4096},
     ),
     Recipe(
         name="phi4-bf16-h200",

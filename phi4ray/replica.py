@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import logging
 import os
+import time
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Iterator
 from multiprocessing.context import BaseContext
@@ -165,6 +166,8 @@ class VllmReplica:
         base = _NoMetrics if self.config.disable_log_stats else PrometheusStatLogger
 
         class LatestStats(base):  # type: ignore[misc, valid-type]
+            at_s = 0.0
+
             def record(
                 self,
                 scheduler_stats: SchedulerStats | None,
@@ -182,11 +185,17 @@ class VllmReplica:
                         replica.on_finished(
                             one.request_id or "", one.num_prompt_tokens, one.num_generation_tokens
                         )
+                # By this process's clock and not by the engine's: clients get their tokens from
+                # here, and where it cannot keep up with the engine they wait for it.
+                before, self.at_s = self.at_s, time.monotonic()
                 if replica.on_step is not None:
-                    latencies = iteration_stats.inter_token_latencies_iter
-                    mean_s = sum(latencies) / len(latencies) if latencies else None
+                    waited = iteration_stats.inter_token_latencies_iter
                     begun = len(iteration_stats.time_to_first_tokens_iter)
-                    replica.on_step(replica._stats.num_running_reqs, mean_s, begun)
+                    replica.on_step(
+                        replica._stats.num_running_reqs,
+                        self.at_s - before if waited else None,
+                        begun,
+                    )
 
         return LatestStats
 

@@ -4,20 +4,31 @@ aiohttp's, because ten thousand requests of httpx take more of two cores than th
 """
 
 import asyncio
+import itertools
 import json
 from collections import Counter
+from collections.abc import Callable
 
 import aiohttp
 
 AT_ONCE = 64
 
 
-async def load(url: str, outcomes: Counter[str], requests: int, streams: bool) -> None:
-    """Chats, every second one streamed; counts `ok` and what else became of them."""
-    numbers = iter(range(requests))
+async def load(
+    url: str,
+    outcomes: Counter[str],
+    requests: int,
+    streams: bool,
+    more: Callable[[], bool] = lambda: False,
+) -> None:
+    """Chats, every second one streamed; counts `ok` and what else became of them.
+
+    At least so many, and as long as `more` says so.
+    """
+    numbers = itertools.count()
 
     async def one_after_the_other(session: aiohttp.ClientSession) -> None:
-        for number in numbers:
+        while (number := next(numbers)) < requests or more():
             try:
                 outcomes[await ask(session, number, streams)] += 1
             except (aiohttp.ClientError, TimeoutError) as error:

@@ -39,7 +39,8 @@ class ServeConfig(Config):
 def serve_config(*layers: Mapping[str, Any]) -> ServeConfig:
     """Validate merged layers (YAML file, flags) into a `ServeConfig`.
 
-    `recipe`, in any layer, names the recipe whose engine and autoscaling are below them all.
+    `recipe`, in any layer, names the recipe whose engine, autoscaling and harvest are below them
+    all.
 
     Raises:
         ConfigError: names every field that is wrong.
@@ -49,7 +50,11 @@ def serve_config(*layers: Mapping[str, Any]) -> ServeConfig:
     lowest: dict[str, Any] = {}
     if recipe:
         found = find_recipe(recipe)
-        lowest = {"engine": found.settings["engine"], "autoscaling": found.autoscaling}
+        lowest = {
+            "engine": found.settings["engine"],
+            "autoscaling": found.autoscaling,
+            "harvest": found.harvest,
+        }
     # A server is watched: vLLM's metrics are on unless a layer says otherwise.
     watched = {"disable_log_stats": False}
     return validated(ServeConfig, {"engine": watched}, lowest, given)

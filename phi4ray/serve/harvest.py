@@ -121,8 +121,7 @@ class Harvest:
 
     def step(self, running: int, token_latency_s: float | None, begun: int) -> None:
         """Take note of a step of the engine; see `phi4ray.protocol.OnlineReplica.on_step`."""
-        if not self._idle:
-            self._control.observe(token_latency_s, running, begun)
+        self._control.observe(token_latency_s, running, begun)
         self.update()
 
     def update(self) -> None:
@@ -152,7 +151,12 @@ class Harvest:
         since_s = self._online_at_s
         idle = since_s is None or now - since_s > self.config.idle_s
         if self._idle and not idle:
+            unseen = sorted(filter(self._control.awaits, self._rows), key=lambda row: row.begun)
             self._control = self._new_control()  # steps of a full engine tell nothing
+            # The engine would begin them in few and long steps, for which online requests wait. No
+            # work is lost, and they come again as the new control lets them.
+            for row in unseen:
+                self._abort(row)
         self._idle = idle
         return slack(
             self.config,
@@ -170,8 +174,7 @@ class Harvest:
         row.begun = next(self._begun)
         self._rows.add(row)
         self.tokens += row.tokens
-        if not self._idle:
-            self._control.feed(row, row.prompt_tokens)
+        self._control.feed(row, row.prompt_tokens)
         row.wake.set_result(None)
 
     def _give_back(self, row: _Row) -> None:
@@ -191,11 +194,14 @@ class Harvest:
         for row in sorted(self._rows, key=lambda row: (-row.priority, -row.begun)):
             if self.rows <= least or (self.tokens <= room.tokens and self.rows <= room.sequences):
                 return
-            self._remove(row)
-            self._queue.refund(row.job, row.tokens)
-            self.aborted += 1
-            if row.task is not None:
-                row.task.cancel()
+            self._abort(row)
+
+    def _abort(self, row: _Row) -> None:
+        self._remove(row)
+        self._queue.refund(row.job, row.tokens)
+        self.aborted += 1
+        if row.task is not None:
+            row.task.cancel()
 
 
 def _cancelled() -> bool:

@@ -11,6 +11,7 @@ lasts long for each of them. So batch rows are given to the engine only as far a
 While there has been no online request for some time none of it holds, and batch fills the engine.
 """
 
+import itertools
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ of long steps is greater."""
 
 LONGEST_STEP = 3.0
 """A step with prompts of batch rows may last so many times the time per output token."""
+
+CREDIT_STEPS = 2.0
+"""So many targets of what short steps spare are kept for the next lump: it is some steps on its
+way, all of them short, and what they spare would be lost."""
 
 GROWTH = 1.2
 """By what the prompts that are fed at once grow at most, each time."""
@@ -134,6 +139,10 @@ class StepControl:
         self._credit -= prompt_tokens
         self._unseen[row] = None
 
+    def awaits(self, row: Hashable) -> bool:
+        """Whether a row was fed and is in no step yet."""
+        return row in self._unseen
+
     def forget(self, row: Hashable) -> None:
         """A row has ended or gone, whether the engine had begun it or not."""
         self._unseen.pop(row, None)
@@ -161,7 +170,9 @@ class StepControl:
         self._longest_s = max(self._longest_s, step_s)
         more_s = step_s - self._target_s
         # What the last step paid too much counts for the next lump, and no more than that.
-        self._debt_s = min(STEP_MEMORY_S, max(-self._target_s, self._debt_s + more_s))
+        self._debt_s = min(
+            STEP_MEMORY_S, max(-CREDIT_STEPS * self._target_s, self._debt_s + more_s)
+        )
         # Of a long burst without rows no more is kept than the first short steps make good.
         excess = self._excess + min(1.0, more_s / self._target_s)
         self._excess = min(EXCESS_STEPS + 1, max(0.0, excess))
@@ -170,7 +181,7 @@ class StepControl:
         """See the lump arrive, and make the next one larger or smaller by how long that took."""
         self._excess = 0.0
         # Online requests count as well, which lets the next lump go a little early.
-        for row in list(self._unseen)[:begun]:
+        for row in list(itertools.islice(self._unseen, begun)):
             del self._unseen[row]
         if self._unseen:
             return

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -37,7 +37,7 @@ from phi4ray.serve.config import serve_config
 
 def deploy(replicas, version):
     engine = {"kind": "fake", "model": "m", "num_cpus": 0.1, "env": {"VERSION": str(version)},
-              "engine_args": {"latency_s": 0.2, "chunk_s": 0.02}}
+              "engine_args": {"latency_s": 0.5, "chunk_s": 0.05}}
     scaling = {"min_replicas": replicas, "max_replicas": max(2, replicas)}
     config = {"engine": engine, "autoscaling": scaling, "drain_timeout_s": 60}
     serve.run(application(serve_config(config)), name="phi4", route_prefix="/")
@@ -74,9 +74,11 @@ class Service:
         self.process.stdin.flush()
         self.deployed()
 
-    def clients(self, requests: int, *, streams: bool) -> tuple[threading.Thread, Counter[str]]:
+    def clients(
+        self, requests: int, *, streams: bool, more: Callable[[], bool]
+    ) -> tuple[threading.Thread, Counter[str]]:
         outcomes: Counter[str] = Counter()
-        asked = load(f"http://127.0.0.1:{self.port}", outcomes, requests, streams)
+        asked = load(f"http://127.0.0.1:{self.port}", outcomes, requests, streams, more)
         clients = threading.Thread(target=asyncio.run, args=(asked,), daemon=True)
         clients.start()
         return clients, outcomes
@@ -95,16 +97,18 @@ def service() -> Iterator[Service]:
 
 
 def test_no_request_fails_while_replicas_leave_and_are_replaced(service: Service) -> None:
-    clients, outcomes = service.clients(REQUESTS, streams=True)
+    changed = threading.Event()
+    clients, outcomes = service.clients(REQUESTS, streams=True, more=lambda: not changed.is_set())
     # As many changes on every machine: each starts processes, which take the cores from those that
     # answer.
     for number, (replicas, version) in enumerate(CHANGES):
         begin = REQUESTS * (number + 0.5) / (len(CHANGES) + 1)
         until(lambda begin=begin: outcomes.total() >= begin, 300)
-        assert clients.is_alive()
         service.deploy(replicas, version)
+    changed.set()
     clients.join()
-    assert outcomes == {"ok": REQUESTS}
+    assert outcomes.total() >= REQUESTS
+    assert set(outcomes) == {"ok"}, outcomes
 
 
 def test_a_client_that_paused_finds_the_service_that_was_deployed_meanwhile(
@@ -124,16 +128,15 @@ def test_a_client_that_paused_finds_the_service_that_was_deployed_meanwhile(
 
 def test_what_a_killed_replica_has_not_answered_another_one_does(service: Service) -> None:
     service.deploy(3, 100)
-    clients, outcomes = service.clients(3000, streams=False)
     killed = 0
+    clients, outcomes = service.clients(3000, streams=False, more=lambda: killed < 2)
     while clients.is_alive():
         time.sleep(3)
         replicas = replicas_below(psutil.Process(service.process.pid))
         if len(replicas) == 3:  # the last one that was killed is replaced
             replicas[killed % 3].kill()
             killed += 1
-    assert killed >= 2
     # Each one was answering a third of the clients. HAProxy asks others for them; but what had come
     # by way of Serve's own proxy, or to the only one that an old HAProxy knows, gets an error.
-    assert sum(outcomes.values()) == 3000
-    assert 3000 - outcomes["ok"] <= killed * AT_ONCE // 9, outcomes
+    assert outcomes.total() >= 3000
+    assert outcomes.total() - outcomes["ok"] <= killed * AT_ONCE // 9, outcomes

@@ -180,6 +180,28 @@ def test_kv_state_is_in_tokens_and_empty_when_idle(running: Running) -> None:
         assert time.monotonic() < deadline
 
 
+def test_a_step_lasts_until_its_tokens_are_here(running: Running) -> None:
+    steps: list[tuple[float | None, int]] = []
+
+    def told(_running: int, length_s: float | None, begun: int) -> None:
+        steps.append((length_s, begun))
+        if len(steps) == 2:
+            time.sleep(0.5)  # clients wait for a process that has no time, whatever the engine does
+
+    running.replica.on_step = told
+    try:
+        body: Json = {"prompt": "Once upon a time", "max_tokens": 6, "ignore_eos": True}
+        assert running.ask(COMPLETIONS, **body)[0] == 200
+    finally:
+        running.replica.on_step = None
+    assert sum(begun for _, begun in steps) == 1
+    assert steps[0][0] is None
+    if running.kind == "vllm":  # the fake's answers come in one step
+        lengths = [length_s for length_s, _ in steps[1:] if length_s is not None]
+        assert len(lengths) == 5
+        assert lengths[1] >= 0.5
+
+
 def test_an_abandoned_request_frees_its_tokens(running: Running) -> None:
     async def abandon() -> None:
         body = {"model": running.model, "prompt": "go on", "max_tokens": 900, "ignore_eos": True}

@@ -79,6 +79,8 @@ async def beside_an_online_request(rows: int) -> Engine:
     engine = Engine(tokens=100_000, target_tpot_ms=50)
     for name in names(rows):
         engine.row(name)
+    await settle()
+    engine.harvest.step(rows, None, rows)
     await engine.online(10)
     return engine
 
@@ -112,11 +114,27 @@ def test_an_online_request_gets_its_tokens_at_once_and_the_youngest_rows_yield()
         for name in names(10):
             engine.row(name)
         await settle()
+        engine.harvest.step(10, None, 10)
         await engine.online(300)
         assert engine.admission.running == 1  # it did not wait
         # 1,000 tokens, a tenth of them kept free: six rows of 100 stay beside 300.
         assert sorted(engine.running) == names(6)
         assert engine.harvest.aborted == 4
+
+    asyncio.run(scenario())
+
+
+def test_rows_that_an_idle_engine_had_not_begun_make_way_for_the_first_online_request() -> None:
+    async def scenario() -> None:
+        engine = Engine(tokens=100_000, prefill_tokens=100)
+        for name in names(10):
+            engine.row(name, prompt=60)
+        await settle()
+        engine.harvest.step(6, None, 6)
+        await engine.online(100)
+        assert engine.harvest.aborted == 4
+        # As many of them come again as one step is to begin.
+        assert engine.begun[10:] == names(10)[6:8]
 
     asyncio.run(scenario())
 
@@ -127,6 +145,7 @@ def test_rows_that_made_way_go_first_when_there_is_room_again() -> None:
         for name in names(10):
             engine.row(name)
         await settle()
+        engine.harvest.step(10, None, 10)
         finish = await engine.online(600)
         assert sorted(engine.running) == names(3)
         engine.row("later")
@@ -269,6 +288,7 @@ def test_rows_of_a_lower_priority_yield_first_and_come_last() -> None:
             engine.row(name)
         await settle()
         assert len(engine.running) == 12
+        engine.harvest.step(12, None, 12)
         await engine.online(400)
         assert sorted(engine.running) == names(5)
 

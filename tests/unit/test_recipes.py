@@ -48,10 +48,14 @@ def test_a_service_scales_by_what_is_known_of_its_speed_unless_told_otherwise(
     recipe: Recipe,
 ) -> None:
     layers = {"recipe": recipe.name}, {"engine": {"model": "some"}}
-    told = {"autoscaling": {"half_speed_tokens": 5.0}}
-    scaling = serve_config(*layers).autoscaling.model_dump()
+    told = {"autoscaling": {"half_speed_tokens": 5.0}, "harvest": {"prefill_tokens": 5}}
+    config = serve_config(*layers)
+    scaling, harvest = config.autoscaling.model_dump(), config.harvest.model_dump()
     assert scaling == scaling | recipe.autoscaling
-    assert serve_config(*layers, told).autoscaling.half_speed_tokens == 5.0
+    assert harvest == harvest | recipe.harvest
+    changed = serve_config(*layers, told)
+    assert changed.autoscaling.half_speed_tokens == 5.0
+    assert changed.harvest.prefill_tokens == 5
 
 
 def test_an_unknown_name_is_refused_with_those_that_are() -> None:
