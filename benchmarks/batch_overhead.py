@@ -133,9 +133,14 @@ def measure(side: str, engine: str, folder: Path) -> dict[str, Any]:
     if done.returncode:
         print(done.stdout, file=sys.stderr)
         return {"failed": done.returncode}
-    # Engines may say more on their way out.
-    said = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
-    return json.loads(said) | {"wall_s": round(time.monotonic() - began, 1)}
+    return last_json(done.stdout) | {"wall_s": round(time.monotonic() - began, 1)}
+
+
+def last_json(said: str) -> dict[str, Any]:
+    """What a process printed last as JSON: engines may say more on their way out."""
+    lines = reversed(said.splitlines())
+    found: dict[str, Any] = json.loads(next(line for line in lines if line.startswith("{")))
+    return found
 
 
 def run_side(side: str, engine: str, folder: Path) -> None:

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from batch_overhead import generate, prepare
+from batch_overhead import generate, last_json, prepare
 from engines import bare_arguments
 from rich.console import Console
 from rich.table import Table
@@ -84,14 +84,13 @@ def in_process(engine: str, changes: dict[str, Any], folder: Path) -> dict[str, 
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         return {"failed": done.stdout[-3000:]}
-    said = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
     logged = {
         name: float(match[1].replace(",", ""))
         for name, mark in LOGGED.items()
         if (match := re.search(mark, done.stdout))
     }
     kernels = sorted(set(re.findall(r"Using (\w+LinearKernel)", done.stdout)))
-    return json.loads(said) | logged | {"kernels": kernels}
+    return last_json(done.stdout) | logged | {"kernels": kernels}
 
 
 def run(engine: str, changes: dict[str, Any], folder: Path) -> None:
@@ -101,8 +100,12 @@ def run(engine: str, changes: dict[str, Any], folder: Path) -> None:
     sampling = json.loads((folder / "sampling.json").read_text())
     llm = LLM(str(folder / "model"), **(bare_arguments(engine) | changes))
     took = generate(llm, folder / "prompts", sampling)
-    tokens, seconds = took["prompt_tokens"] + took["completion_tokens"], took["engine_s"]
-    result = {"seconds": round(seconds, 2), "tokens_per_s": round(tokens / seconds)}
+    answers, seconds = took["completion_tokens"], took["engine_s"]
+    result = {
+        "seconds": round(seconds, 2),
+        "tokens_per_s": round((took["prompt_tokens"] + answers) / seconds),
+        "answer_tokens_per_s": round(answers / seconds),
+    }
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         result["memory_gib"] = round((total - free) / (1 << 30), 1)

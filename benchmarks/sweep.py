@@ -3,7 +3,7 @@
     python benchmarks/sweep.py --engine h200 --changes max_num_seqs=512 async_scheduling=false
 
 Each change is made to the engine arguments of `engines.py`, alone or several at once
-(`max_num_seqs=512,max_num_batched_tokens=8192`); a value is JSON, or else text. First, and for
+(`max_num_seqs=512,max_num_batched_tokens=8192`); values are those of `--engine-arg`. First, and for
 comparison, the arguments as they are. Each set has a process of its own and the same rows; what
 cannot start is told and passed over.
 """
@@ -20,6 +20,8 @@ from engines import ENGINES
 from rich.console import Console
 from rich.table import Table
 from schemes import in_process
+
+from jobs.flags import pairs
 
 CHANGES = (
     "max_num_seqs=256", "max_num_seqs=512", "max_num_seqs=2048",
@@ -50,16 +52,8 @@ def main() -> None:
 
 
 def changed(text: str) -> dict[str, Any]:
-    """Engine arguments from `key=value,key=value`; commas inside of JSON part nothing."""
-    pairs = re.split(r",(?=\w+=)", text) if text else []
-    return {key: value(one) for key, _, one in (pair.partition("=") for pair in pairs)}
-
-
-def value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    """Engine arguments from `key=value,key=value`; commas inside of a value part nothing."""
+    return pairs("--changes", re.split(r",(?=\w+=)", text) if text else [])
 
 
 def show(found: list[dict[str, Any]]) -> None:

@@ -119,9 +119,9 @@ class Harvest:
             row.wake.cancel()
             self._give_back(row)
 
-    def step(self, running: int, token_latency_s: float | None, begun: int) -> None:
+    def step(self, running: int, step_s: float | None, begun: int) -> None:
         """Take note of a step of the engine; see `phi4ray.protocol.OnlineReplica.on_step`."""
-        self._control.observe(token_latency_s, running, begun)
+        self._control.observe(step_s, running, begun)
         self.update()
 
     def update(self) -> None:

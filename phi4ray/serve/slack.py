@@ -169,7 +169,6 @@ class StepControl:
         self._rest_s = REST_S if self._rest_s > 0 and self._too_long > 1 else self._rest_s - step_s
         self._longest_s = max(self._longest_s, step_s)
         more_s = step_s - self._target_s
-        # What the last step paid too much counts for the next lump, and no more than that.
         self._debt_s = min(
             STEP_MEMORY_S, max(-CREDIT_STEPS * self._target_s, self._debt_s + more_s)
         )

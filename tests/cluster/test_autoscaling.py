@@ -77,8 +77,10 @@ class Service:
 
 async def load(stop: asyncio.Event, outcomes: list[str]) -> None:
     """Ten clients, each with one streamed answer after the other."""
-    body = {"model": "phi-4", "prompt": "Once upon a time", "max_tokens": 100, "stream": True}
-    body |= {"ignore_eos": True}
+    body = {
+        "model": "phi-4", "prompt": "Once upon a time", "max_tokens": 100, "stream": True,
+        "ignore_eos": True,
+    }  # fmt: skip
 
     async def client(session: aiohttp.ClientSession) -> None:
         while not stop.is_set():

@@ -104,6 +104,7 @@ def test_no_request_fails_while_replicas_leave_and_are_replaced(service: Service
     for number, (replicas, version) in enumerate(CHANGES):
         begin = REQUESTS * (number + 0.5) / (len(CHANGES) + 1)
         until(lambda begin=begin: outcomes.total() >= begin, 300)
+        assert clients.is_alive()
         service.deploy(replicas, version)
     changed.set()
     clients.join()

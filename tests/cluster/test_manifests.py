@@ -103,8 +103,8 @@ def test_the_application_of_a_rayservice_answers_a_chat(image: Path, tmp_path: P
         assert cluster.worker.passes("livenessProbe")
         # As KubeRay deploys it.
         dashboard.put("/api/serve/applications/", json=deployed).raise_for_status()
-        until(lambda: status() == "RUNNING", 480, cluster.worker.log)
-        until(lambda: cluster.worker.passes("readinessProbe"), 60, cluster.worker.log)
+        until(lambda: status() == "RUNNING", 240, cluster.worker.log)
+        until(lambda: cluster.worker.passes("readinessProbe"), 30, cluster.worker.log)
         body = {
             "model": "microsoft/phi-4", "max_tokens": 8,
             "messages": [{"role": "user", "content": "Hello"}],
