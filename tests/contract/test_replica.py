@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import subprocess
@@ -200,6 +201,33 @@ def test_a_step_lasts_until_its_tokens_are_here(running: Running) -> None:
         lengths = [length_s for length_s, _ in steps[1:] if length_s is not None]
         assert len(lengths) == 5
         assert lengths[1] >= 0.5
+
+
+def test_others_have_their_turn_beside_an_engine_that_is_faster(running: Running) -> None:
+    turns = 0
+    at_step: list[int] = []
+
+    def told(_running: int, _length_s: float | None, _begun: int) -> None:
+        at_step.append(turns)
+        time.sleep(0.05)  # far longer than a step takes: the next ones are waiting by then
+
+    async def ask() -> Answer:
+        nonlocal turns
+        body = {"model": running.model, "prompt": "go on", "max_tokens": 20, "ignore_eos": True}
+        task = asyncio.create_task(running.replica.complete(COMPLETIONS, body))
+        while not task.done():
+            turns += 1
+            await asyncio.sleep(0)
+        return await task
+
+    running.replica.on_step = told
+    try:
+        assert running.run(ask()).status == 200
+    finally:
+        running.replica.on_step = None
+    if running.kind == "vllm":  # the fake's answers come in one step
+        assert len(at_step) == 20
+        assert all(before < after for before, after in itertools.pairwise(at_step))
 
 
 def test_an_abandoned_request_frees_its_tokens(running: Running) -> None:
