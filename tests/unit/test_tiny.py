@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from phi4ray.models import ModelShape, find_model
-from phi4ray.train.tiny import make_dummy_model, make_tiny_model
+from phi4ray.train.tiny import VOCAB_SIZE, make_dummy_model, make_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -83,4 +83,10 @@ def test_a_full_size_shape_comes_without_weights(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert ModelShape.from_hf_config(config) == entry.shape
     assert not list(folder.glob("*.safetensors"))
-    assert AutoTokenizer.from_pretrained(folder).encode("hi")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.encode("hi")
+    # Whatever the made-up weights answer is text: to decode anything else takes far longer.
+    assert len(tokenizer) == entry.shape.vocab_size
+    texts = tokenizer.batch_decode([[number] for number in range(VOCAB_SIZE, len(tokenizer))])
+    assert all(texts)
+    assert "\ufffd" not in "".join(texts)
