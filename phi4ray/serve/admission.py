@@ -56,6 +56,7 @@ class OverloadedError(Exception):
 class Totals:
     """What has happened since start, for metrics."""
 
+    arrived_tokens: float = 0.0
     admitted: int = 0
     rejected: int = 0
     queued_s: float = 0.0
@@ -134,6 +135,7 @@ class Admission:
         """
         tokens = min(tokens, self.capacity_tokens)
         began = self._clock()
+        self.totals.arrived_tokens += tokens
         self._arrived.add(tokens, began)
         await self._acquire(tokens, priority)
         waited_s = self._clock() - began

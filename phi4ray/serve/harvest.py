@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from phi4ray.serve.admission import Admission
 from phi4ray.serve.fair import FairQueue
+from phi4ray.serve.rate import Rate
 from phi4ray.serve.slack import HarvestConfig, RecentPeak, Slack, StepControl, slack
 
 T = TypeVar("T")
@@ -50,6 +51,8 @@ class Harvest:
         self._clock = clock
         self._recent = RecentPeak(config.reserve_half_life_s)
         self._control = self._new_control()
+        self._arriving = Rate(self._control.lump_s)
+        self._arrived_tokens = 0.0
         self._queue: FairQueue[_Row] = FairQueue()
         self._jobs: dict[str, int] = {}
         self._rows: set[_Row] = set()
@@ -134,7 +137,7 @@ class Harvest:
                 self._queue.pop()
                 continue
             fits = self.tokens + row.tokens <= room.tokens and self.rows + 1 <= room.sequences
-            paced = self._control.ready or self._idle
+            paced = self._idle or self._control.ready(self._rising_tokens_per_s())
             # Where there is nothing else any row may go, however large and slow.
             if not (fits and paced) and (self._rows or self._online()):
                 return
@@ -144,8 +147,15 @@ class Harvest:
     def _online(self) -> bool:
         return self._admission.running > 0 or self._admission.crowded
 
+    def _rising_tokens_per_s(self) -> float:
+        usual = self._admission.arrived_tokens_per_s
+        return self._arriving.per_s(self._clock()) - usual
+
     def _observe(self) -> Slack:
         online, now = self._admission, self._clock()
+        arrived = online.totals.arrived_tokens
+        self._arriving.add(arrived - self._arrived_tokens, now)
+        self._arrived_tokens = arrived
         if self._online():
             self._online_at_s = now
         since_s = self._online_at_s

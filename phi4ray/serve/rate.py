@@ -6,15 +6,16 @@ HALF_LIFE_S = 10.0
 
 
 class Rate:
-    """An exponentially weighted rate: each addition counts half after `HALF_LIFE_S`."""
+    """An exponentially weighted rate: each addition counts half after the half-life."""
 
-    def __init__(self) -> None:
+    def __init__(self, half_life_s: float = HALF_LIFE_S) -> None:
+        self._half_life_s = half_life_s
         self._sum = 0.0
         self._at: float | None = None
 
     def _decay(self, now: float) -> None:
         if self._at is not None:
-            self._sum *= 0.5 ** (max(0.0, now - self._at) / HALF_LIFE_S)
+            self._sum *= 0.5 ** (max(0.0, now - self._at) / self._half_life_s)
         self._at = now
 
     def add(self, amount: float, now: float) -> None:
@@ -26,4 +27,4 @@ class Rate:
         """What comes in a second."""
         self._decay(now)
         # The integral of the weights over all the past.
-        return self._sum * math.log(2) / HALF_LIFE_S
+        return self._sum * math.log(2) / self._half_life_s

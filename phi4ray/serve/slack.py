@@ -31,6 +31,10 @@ CREDIT_STEPS = 2.0
 """So many targets of what short steps spare are kept for the next lump: it is some steps on its
 way, all of them short, and what they spare would be lost."""
 
+ONSET = 0.2
+"""Of a lump: where more online tokens than usual come while it is computed, none is fed. Requests
+that gather behind a lump are a long step in their turn, behind which more gather."""
+
 GROWTH = 1.2
 """By what the prompts that are fed at once grow at most, each time."""
 
@@ -128,9 +132,18 @@ class StepControl:
         self._rest_s = 0.0
 
     @property
-    def ready(self) -> bool:
-        """Whether another prompt may be fed."""
-        return self._credit > 0 and self._rest_s <= 0
+    def lump_s(self) -> float:
+        """How long a step with a lump may last."""
+        return LONGEST_STEP * self._target_s
+
+    def ready(self, rising_tokens_per_s: float = 0.0) -> bool:
+        """Whether another prompt may be fed.
+
+        `rising_tokens_per_s` is by how much more online demand comes now than it did of late.
+        """
+        gathering = rising_tokens_per_s * self.lump_s
+        paced = self._credit > 0 and self._rest_s <= 0
+        return paced and gathering <= ONSET * self._lump_tokens
 
     def feed(self, row: Hashable, prompt_tokens: float) -> None:
         """Spend credit on a row; a long prompt overdraws it, and the next ones wait longer."""
@@ -184,7 +197,7 @@ class StepControl:
             del self._unseen[row]
         if self._unseen:
             return
-        too_long = self._longest_s / (LONGEST_STEP * self._target_s)
+        too_long = self._longest_s / self.lump_s
         change = min(GROWTH, max(1 / GROWTH**4, 1 / too_long)) if too_long else GROWTH
         self._lump_tokens = max(LEAST_TOKENS, min(self._most_tokens, change * self._lump_tokens))
 

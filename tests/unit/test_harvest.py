@@ -131,7 +131,7 @@ def test_rows_that_an_idle_engine_had_not_begun_make_way_for_the_first_online_re
             engine.row(name, prompt=60)
         await settle()
         engine.harvest.step(6, None, 6)
-        await engine.online(100)
+        await engine.online(10)
         assert engine.harvest.aborted == 4
         # As many of them come again as one step is to begin.
         assert engine.begun[10:] == names(10)[6:8]
@@ -189,6 +189,42 @@ def test_beside_online_requests_a_step_gets_only_so_many_prompt_tokens() -> None
         engine.harvest.step(3, 0.001, 1)
         await settle()
         assert sorted(engine.running) == names(4)
+
+    asyncio.run(scenario())
+
+
+def test_no_row_is_handed_over_while_more_online_requests_come_than_usual() -> None:
+    async def scenario() -> None:
+        engine = Engine(tokens=1_000_000, target_tpot_ms=50, prefill_tokens=1000)
+        await engine.online(10)
+        engine.now += 1
+        for _ in range(3):
+            await engine.online(500)
+        for name in names(3):
+            engine.row(name, prompt=1000)
+        await settle()
+        assert not engine.running
+        await engine.steps(20, 4, 0.01)
+        assert not engine.running
+        engine.now += 1  # and as none came since then
+        await engine.steps(1, 4, 0.01)
+        assert sorted(engine.running) == names(1)
+
+    asyncio.run(scenario())
+
+
+def test_online_requests_that_keep_coming_hold_no_row_back() -> None:
+    async def scenario() -> None:
+        engine = Engine(tokens=1_000_000, target_tpot_ms=50, prefill_tokens=1000)
+        for _ in range(1000):
+            engine.now += 0.05
+            finish = await engine.online(250)
+            await finish()
+        engine.now += 0.05
+        await engine.online(250)
+        engine.row("row", prompt=1000)
+        await engine.steps(1, 4, 0.01)
+        assert "row" in engine.running
 
     asyncio.run(scenario())
 

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from phi4ray.serve.slack import REST_S, HarvestConfig, RecentPeak, Slack, StepControl, slack
+from phi4ray.serve.slack import (
+    ONSET,
+    REST_S,
+    HarvestConfig,
+    RecentPeak,
+    Slack,
+    StepControl,
+    slack,
+)
 
 CAPACITY = 1000.0
 
@@ -117,7 +125,7 @@ class Engine:
             self.control.shrunk()
             while len(self.left) + len(self.coming) > most:
                 self.abort()
-        while self.control.ready and len(self.left) + len(self.coming) + online < 1024:
+        while self.control.ready() and len(self.left) + len(self.coming) + online < 1024:
             self.fed += 1
             self.control.feed(self.fed, 512)
             free_s = max([now_s, *(at for at, _ in self.coming)])
@@ -192,7 +200,7 @@ def test_after_rows_went_none_are_fed_until_steps_have_been_short_for_some_time(
     for step_s in [0.04] * 25 + [0.2]:
         control.observe(step_s, 5, 0)
     steps = 0
-    while not control.ready:
+    while not control.ready():
         control.observe(0.04, 5, 0)
         steps += 1
     assert steps * 0.04 > REST_S
@@ -202,7 +210,7 @@ def test_where_no_sequence_waits_for_a_token_rows_are_fed_again_at_once() -> Non
     control = StepControl(0.05, 1000)
     control.shrunk()
     control.observe(None, 1, 0)
-    assert control.ready
+    assert control.ready()
 
 
 def test_when_rows_must_go_at_least_half_of_them_do() -> None:
@@ -244,10 +252,10 @@ def test_rows_that_ended_before_the_engine_began_them_hold_nothing_back() -> Non
     control = StepControl(0.05, 1000)
     control.feed("refused", 1000)
     control.observe(0.01, 5, 0)
-    assert not control.ready
+    assert not control.ready()
     control.forget("refused")
     control.observe(0.01, 5, 0)
-    assert control.ready
+    assert control.ready()
 
 
 def test_what_a_long_step_was_too_long_is_paid_back_before_more_is_fed() -> None:
@@ -255,16 +263,24 @@ def test_what_a_long_step_was_too_long_is_paid_back_before_more_is_fed() -> None
     control.feed("row", 1000)
     control.observe(0.1, 5, 1)
     paid = 0
-    while not control.ready:
+    while not control.ready():
         control.observe(0.04, 5, 0)
         paid += 1
     assert paid == 5
+
+
+def test_nothing_is_fed_while_more_comes_than_usual_as_long_as_a_lump_would_take() -> None:
+    control = StepControl(0.05, 1000)
+    assert control.lump_s == pytest.approx(0.15)
+    assert control.ready(ONSET * 1000 / 0.15 - 1)
+    assert not control.ready(ONSET * 1000 / 0.15 + 1)
+    assert control.ready(-1e6)  # a burst has ended
 
 
 def test_an_engine_that_does_not_tell_its_steps_gets_prompts_when_it_has_begun_the_last() -> None:
     control = StepControl(0.05, 1000)
     control.feed("row", 1000)
     control.observe(None, 1, 0)
-    assert not control.ready
+    assert not control.ready()
     control.observe(None, 1, 1)
-    assert control.ready
+    assert control.ready()
