@@ -65,7 +65,7 @@ _RECIPES = (
         },
         # A step with 4,096 tokens of prompts lasts 130 ms, which online requests may wait for; with
         # half of them batch gets 4% less (simulated, benchmarks/RESULTS.md).
-        harvest={"prefill_tokens": 4096},
+        harvest={"prefill_tokens": 3072},
     ),
     Recipe(
         name="phi4-bf16-h200",
