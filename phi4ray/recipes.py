@@ -63,8 +63,8 @@ _RECIPES = (
             "lookahead_s": 100.0,
             "downscale_delay_s": 120.0,
         },
-        # A step with 4,096 tokens of prompts lasts 130 ms, which online requests may wait for; with
-        # half of them batch gets 4% less (simulated, benchmarks/RESULTS.md).
+        # A step with 3,072 tokens of prompts lasts 90 ms, which online requests may wait for. With
+        # 2,048 batch gets 3% less, with 4,096 more gather behind it (benchmarks/RESULTS.md).
         harvest={"prefill_tokens": 3072},
     ),
     Recipe(
