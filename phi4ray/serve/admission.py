@@ -56,7 +56,6 @@ class OverloadedError(Exception):
 class Totals:
     """What has happened since start, for metrics."""
 
-    arrived_tokens: float = 0.0
     admitted: int = 0
     rejected: int = 0
     queued_s: float = 0.0
@@ -93,6 +92,8 @@ class Admission:
         self._arrived, self._released = Rate(), Rate()
         self.on_change: Callable[[], None] = _nothing
         """Called whenever a request comes, begins or goes."""
+        self.on_arrival: Callable[[float, float], None] = _nothing
+        """Called with the demand of each request that comes, and when."""
 
     @property
     def crowded(self) -> bool:
@@ -135,8 +136,8 @@ class Admission:
         """
         tokens = min(tokens, self.capacity_tokens)
         began = self._clock()
-        self.totals.arrived_tokens += tokens
         self._arrived.add(tokens, began)
+        self.on_arrival(tokens, began)
         await self._acquire(tokens, priority)
         waited_s = self._clock() - began
         self.totals.admitted += 1
@@ -222,5 +223,5 @@ class Admission:
         return max(1, min(LONGEST_RETRY_S, math.ceil(wait_s)))
 
 
-def _nothing() -> None:
+def _nothing(*_: float) -> None:
     pass

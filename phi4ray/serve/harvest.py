@@ -52,7 +52,6 @@ class Harvest:
         self._recent = RecentPeak(config.reserve_half_life_s)
         self._control = self._new_control()
         self._arriving = Rate(self._control.lump_s)
-        self._arrived_tokens = 0.0
         self._queue: FairQueue[_Row] = FairQueue()
         self._jobs: dict[str, int] = {}
         self._rows: set[_Row] = set()
@@ -61,6 +60,7 @@ class Harvest:
         self._online_at_s: float | None = None
         self._idle = True
         admission.on_change = self.update
+        admission.on_arrival = self._arriving.add
 
     def _new_control(self) -> StepControl:
         return StepControl(self.config.target_tpot_ms / 1e3, self.config.prefill_tokens)
@@ -153,9 +153,6 @@ class Harvest:
 
     def _observe(self) -> Slack:
         online, now = self._admission, self._clock()
-        arrived = online.totals.arrived_tokens
-        self._arriving.add(arrived - self._arrived_tokens, now)
-        self._arrived_tokens = arrived
         if self._online():
             self._online_at_s = now
         since_s = self._online_at_s
