@@ -10,8 +10,8 @@ import asyncio
 import heapq
 import itertools
 from bisect import bisect_left, insort
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from phi4ray.protocol import KVState
 
@@ -28,15 +28,37 @@ have more shards in work at once, whose finished rows are lost with the replica.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One that waits."""
+class Rows(Protocol):
+    """Whose rows they are: asked, and told, when one's turn comes."""
+
+    def demand(self, row: "Waiting") -> float:
+        """Tokens that it is expected to hold."""
+
+    def begin(self, row: "Waiting", tokens: float) -> None:
+        """Begin it, in a task of its own; the room for so many tokens is its until released."""
+
+
+@dataclass(eq=False, slots=True)
+class Waiting:
+    """A row that waits, by its number among its owner's.
+
+    There are thousands of them in a process that serves, and Python's collector looks through them
+    all while requests wait for it: so each is one object, and neither a task nor a future.
+    """
 
     rank: int
     came: int
     prompt: str
-    demand: Callable[[], float]
-    place: asyncio.Future[float]
+    rows: Rows
+    at: int
+    waits: bool = True
+
+    def __lt__(self, other: "Waiting") -> bool:
+        return (self.rank, self.came) < (other.rank, other.came)
+
+
+def _by_prompt(row: Waiting) -> tuple[str, int]:
+    return row.prompt, row.came
 
 
 class Pacer:
@@ -44,7 +66,7 @@ class Pacer:
 
     But after a row those that share its prefix may go before others of its rank, at most
     `FOLLOWERS` of them, in the order of their prompts: so they meet while the prefix's blocks are
-    in the cache, out of all shards that are open.
+    in the cache, out of all shards that are open. For one event loop.
     """
 
     def __init__(self, kv: KVState, oversubscribe: float = OVERSUBSCRIBE) -> None:
@@ -53,28 +75,26 @@ class Pacer:
         self.rows = 0
         self.tokens = 0.0
         self._came = itertools.count()
-        # All that wait, and some that no longer do: by rank and age, and of each rank by prompt.
-        self._by_age: list[tuple[int, int, _Row]] = []
-        self._by_prompt: dict[int, list[tuple[str, int, _Row]]] = {}
-        self._leader: _Row | None = None
+        # All that wait, and of the first some that no longer do; of each rank by prompt.
+        self._by_age: list[Waiting] = []
+        self._by_prompt: dict[int, list[Waiting]] = {}
+        self._leader: Waiting | None = None
         self._followers = 0
+        self._woken = False
 
-    async def acquire(self, demand: Callable[[], float], rank: int = 0, prompt: str = "") -> float:
-        """Wait until a row may go; gives the tokens that it holds from then on.
+    def push(self, rows: Rows, at: int, rank: int = 0, prompt: str = "") -> Waiting:
+        """Have a row wait for its turn, which comes in another turn of the event loop."""
+        row = Waiting(rank, next(self._came), prompt, rows, at)
+        heapq.heappush(self._by_age, row)
+        insort(self._by_prompt.setdefault(rank, []), row, key=_by_prompt)
+        self._let_in_soon()  # and not now: of all rows of a shard one is to be chosen
+        return row
 
-        `demand` is asked when the row's turn comes: by then, finished rows have taught more.
-        """
-        loop = asyncio.get_running_loop()
-        row = _Row(rank, next(self._came), prompt, demand, loop.create_future())
-        heapq.heappush(self._by_age, (rank, row.came, row))
-        insort(self._by_prompt.setdefault(rank, []), (prompt, row.came, row))
-        loop.call_soon(self._let_in)  # or it would pass those that are let in and not awake yet
-        try:
-            return await row.place
-        except asyncio.CancelledError:
-            if row.place.done() and not row.place.cancelled():
-                self.release(row.place.result())
-            raise
+    def withdraw(self, row: Waiting) -> None:
+        """Have a row wait no longer; one whose turn has come stays as it is."""
+        if row.waits:
+            self._forget(row)
+            self._let_in_soon()  # and not now: all rows of its shard may be about to go
 
     def release(self, tokens: float) -> None:
         """Give a row's room back, to the next ones that wait."""
@@ -82,11 +102,17 @@ class Pacer:
         self.tokens -= tokens
         self._let_in()
 
+    def _let_in_soon(self) -> None:
+        if not self._woken:
+            self._woken = True
+            asyncio.get_running_loop().call_soon(self._let_in)
+
     def _let_in(self) -> None:
+        self._woken = False
         while (eldest := self._eldest()) is not None:
             kin = self._kin(eldest.rank)
             row = kin or eldest
-            tokens = row.demand()
+            tokens = row.rows.demand(row)
             if not self._fits(tokens):
                 return
             self.rows += 1
@@ -96,39 +122,31 @@ class Pacer:
             else:
                 self._followers += 1
             self._forget(row)
-            row.place.set_result(tokens)
+            row.rows.begin(row, tokens)
 
-    def _eldest(self) -> _Row | None:
+    def _eldest(self) -> Waiting | None:
         """The row that is due."""
-        while self._by_age:
-            row = self._by_age[0][2]
-            if not row.place.done():
-                return row
+        while self._by_age and not self._by_age[0].waits:
             heapq.heappop(self._by_age)
-            self._forget(row)
-        return None
+        return self._by_age[0] if self._by_age else None
 
-    def _kin(self, rank: int) -> _Row | None:
+    def _kin(self, rank: int) -> Waiting | None:
         """The next one that may follow the last row that was due."""
         if self._leader is None or self._leader.rank != rank or self._followers == FOLLOWERS:
             return None
         rows = self._by_prompt[rank]
         # What all share is in the cache anyway: of the first and the last, so of all between.
-        chars = common_chars(rows[0][0], rows[-1][0]) + KIN_CHARS
+        chars = common_chars(rows[0].prompt, rows[-1].prompt) + KIN_CHARS
         prefix = self._leader.prompt[:chars]
-        at = bisect_left(rows, (prefix,))
-        while len(prefix) == chars and at < len(rows) and rows[at][0].startswith(prefix):
-            kin = rows[at][2]
-            if not kin.place.done():
-                return kin
-            del rows[at]
+        at = bisect_left(rows, prefix, key=lambda row: row.prompt)
+        if len(prefix) == chars and at < len(rows) and rows[at].prompt.startswith(prefix):
+            return rows[at]
         return None
 
-    def _forget(self, row: _Row) -> None:
+    def _forget(self, row: Waiting) -> None:
+        row.waits = False
         rows = self._by_prompt[row.rank]
-        at = bisect_left(rows, (row.prompt, row.came))
-        if at < len(rows) and rows[at][1] == row.came:
-            del rows[at]
+        del rows[bisect_left(rows, _by_prompt(row), key=_by_prompt)]
 
     def _fits(self, tokens: float) -> bool:
         # One row is always let in: the engine, not a guess, refuses what can never fit.

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from phi4ray.batch.answers import Done
 from phi4ray.batch.parts import Receipt
-from phi4ray.batch.worker import Done, WorkerStats
+from phi4ray.batch.worker import WorkerStats
 from phi4ray.errors import TooManyErrorsError
 
 MIN_ROWS_FOR_FRACTION = 100

@@ -11,10 +11,11 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import partial
 
+from phi4ray.batch.answers import within
 from phi4ray.batch.jobtable import Job, Orders, Report
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import PLAN_NAME, Plan, read_plan
-from phi4ray.batch.worker import ShardWorker, WorkerStats, storage_retry, within
+from phi4ray.batch.worker import ShardWorker, WorkerStats, storage_retry
 from phi4ray.config import Endpoint, EngineConfig
 from phi4ray.demand import Lengths, max_tokens_of, prompt_of, prompt_token_ids
 from phi4ray.errors import ClusterError, EngineDeadError, Phi4rayError, PlanMismatchError

@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from phi4ray import fork_server
+from phi4ray.batch.answers import within
 from phi4ray.batch.parts import error_of
-from phi4ray.batch.worker import within
 from phi4ray.config import Endpoint, EngineConfig
 from phi4ray.engines import make_replica
 from phi4ray.errors import EngineDeadError, EngineStartError

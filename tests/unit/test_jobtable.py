@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phi4ray.batch.answers import Done
 from phi4ray.batch.jobtable import (
     BACKUP_AFTER_S,
     DRIVER_SILENT_S,
@@ -19,7 +20,7 @@ from phi4ray.batch.jobtable import (
     waits_for,
 )
 from phi4ray.batch.parts import Receipt, make_receipt
-from phi4ray.batch.worker import Done, WorkerStats
+from phi4ray.batch.worker import WorkerStats
 from phi4ray.config import BatchConfig, EngineConfig
 from phi4ray.errors import EngineDeadError, InputError, Phi4rayError
 from phi4ray.protocol import RowError

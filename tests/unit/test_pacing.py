@@ -3,11 +3,12 @@
 import asyncio
 import itertools
 import random
+from collections.abc import Callable
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi4ray.batch.pacing import FOLLOWERS, KIN_CHARS, Pacer, common_chars, rank_of
+from phi4ray.batch.pacing import FOLLOWERS, KIN_CHARS, Pacer, Waiting, common_chars, rank_of
 from phi4ray.protocol import KVState
 
 
@@ -23,8 +24,36 @@ def pacer(tokens: int = 100, rows: int = 10) -> Pacer:
     return Pacer(kv, oversubscribe=1.0)
 
 
+class Turn:
+    """One row, whose turn can be awaited; gives up when that is cancelled."""
+
+    def __init__(self, tokens: Callable[[], float]) -> None:
+        self._tokens = tokens
+        self._begun: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+
+    def demand(self, row: Waiting) -> float:
+        return self._tokens()
+
+    def begin(self, row: Waiting, tokens: float) -> None:
+        self._begun.set_result(tokens)
+
+    async def come(self, room: Pacer, rank: int, prompt: str) -> float:
+        row = room.push(self, 0, rank, prompt)
+        try:
+            return await asyncio.shield(self._begun)
+        except asyncio.CancelledError:
+            room.withdraw(row)
+            if self._begun.done():
+                room.release(self._begun.result())
+            raise
+
+
+async def turn(room: Pacer, tokens: Callable[[], float], rank: int = 0, prompt: str = "") -> float:
+    return await Turn(tokens).come(room, rank, prompt)
+
+
 async def acquired(room: Pacer, tokens: float, rank: int = 0) -> float:
-    return await room.acquire(lambda: tokens, rank)
+    return await turn(room, lambda: tokens, rank)
 
 
 async def settle() -> None:
@@ -120,7 +149,7 @@ def test_what_a_row_holds_is_asked_when_its_turn_comes() -> None:
     async def scenario() -> None:
         room, known = pacer(tokens=100), 90.0
         await acquired(room, 90)
-        waiting = asyncio.create_task(room.acquire(lambda: known))
+        waiting = asyncio.create_task(turn(room, lambda: known))
         await settle()
         known = 10.0
         room.release(90)
@@ -203,7 +232,7 @@ async def went(rows: list[tuple[str, int]], at_once: int = 1) -> list[int]:
     room, found = pacer(rows=at_once), []
 
     async def go(number: int, prompt: str, rank: int) -> None:
-        tokens = await room.acquire(lambda: 1.0, rank, prompt)
+        tokens = await turn(room, lambda: 1.0, rank, prompt)
         found.append(number)
         room.release(tokens)
 
@@ -238,13 +267,13 @@ def test_kin_that_gave_up_are_passed_over() -> None:
         room, found = pacer(rows=1), []
 
         async def go(name: str) -> None:
-            tokens = await room.acquire(lambda: 1.0, 0, f"{LONG}{name}")
+            tokens = await turn(room, lambda: 1.0, 0, f"{LONG}{name}")
             found.append(name)
             room.release(tokens)
 
         await acquired(room, 1)
         tasks = {name: asyncio.create_task(go(name)) for name in ("a", "b", "c")}
-        tasks["z"] = asyncio.create_task(room.acquire(lambda: 1.0, 0, "z"))
+        tasks["z"] = asyncio.create_task(turn(room, lambda: 1.0, 0, "z"))
         await settle()
         tasks["b"].cancel()
         room.release(1)  # before the one that gave up has heard of it

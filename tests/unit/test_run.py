@@ -18,7 +18,7 @@ from hypothesis import settings as budget
 from hypothesis import strategies as st
 from rich.console import Console
 
-from phi4ray.batch import worker as worker_module
+from phi4ray.batch import answers as answers_module
 from phi4ray.batch.executor import InProcessExecutor
 from phi4ray.batch.manifest import Manifest
 from phi4ray.batch.parts import Receipt
@@ -54,7 +54,7 @@ from tests.small_jobs import (
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(answers_module, "BACKOFF_S", 0.0)
 
 
 def manifest(config: BatchConfig) -> Manifest:

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import pytest
 from rich.console import Console
 
+from phi4ray.batch import answers as answers_module
 from phi4ray.batch import jobtable
-from phi4ray.batch import worker as worker_module
 from phi4ray.batch.jobtable import JobTable
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import Plan
@@ -145,7 +145,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor_module, "TICK_S", 0.01)
     monkeypatch.setattr(jobtable, "SILENT_S", 0.3)
     monkeypatch.setattr(jobtable, "BACKUP_AFTER_S", 0.5)
-    monkeypatch.setattr(worker_module, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(answers_module, "BACKOFF_S", 0.0)
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phi4ray.batch.answers import Done
 from phi4ray.batch.executor import InProcessExecutor
 from phi4ray.batch.parts import Receipt, Result, make_receipt
 from phi4ray.batch.planning import obtain_plan
 from phi4ray.batch.tally import Snapshot, Tally
-from phi4ray.batch.worker import Done, WorkerStats
+from phi4ray.batch.worker import WorkerStats
 from phi4ray.config import batch_config
 from phi4ray.errors import TooManyErrorsError
 

@@ -11,13 +11,14 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from phi4ray.batch import answers as answers_module
 from phi4ray.batch import parts as parts_module
-from phi4ray.batch import worker as worker_module
+from phi4ray.batch.answers import Done
 from phi4ray.batch.executor import InProcessExecutor
 from phi4ray.batch.parts import read_receipt
 from phi4ray.batch.plan import Plan
 from phi4ray.batch.planning import obtain_plan
-from phi4ray.batch.worker import Done, ShardWorker
+from phi4ray.batch.worker import ShardWorker
 from phi4ray.config import BatchConfig, Endpoint
 from phi4ray.errors import (
     AccessDeniedError,
@@ -73,7 +74,7 @@ def rows_of(config: BatchConfig) -> list[dict[str, Any]]:
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Waiting for a store that is away takes no time; what would have been waited is kept."""
     pauses: list[float] = []
-    monkeypatch.setattr(worker_module, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(answers_module, "BACKOFF_S", 0.0)
     monkeypatch.setattr("tenacity.nap.time", types.SimpleNamespace(sleep=pauses.append))
     return pauses
 
@@ -142,7 +143,7 @@ def test_a_row_that_the_engine_refuses_is_an_error_after_one_try(tmp_path: Path)
     assert (fits["error_code"], fits["attempts"]) == (None, 1)
 
 
-@pytest.mark.parametrize("status", sorted(worker_module.RETRY_STATUS))
+@pytest.mark.parametrize("status", sorted(answers_module.RETRY_STATUS))
 def test_a_transient_failure_is_tried_again_until_it_is_answered(
     tmp_path: Path, status: int
 ) -> None:
@@ -174,8 +175,8 @@ def test_pauses_between_tries_double_up_to_a_bound(
     async def sleep(seconds: float) -> None:
         pauses.append(seconds)
 
-    monkeypatch.setattr(worker_module, "BACKOFF_S", 0.5)
-    monkeypatch.setattr(worker_module.random, "uniform", lambda low, high: high)
+    monkeypatch.setattr(answers_module, "BACKOFF_S", 0.5)
+    monkeypatch.setattr(answers_module.random, "uniform", lambda low, high: high)
     monkeypatch.setattr(asyncio, "sleep", sleep)
     run(config, plan, Engine(fail_times=99))
     assert pauses == [1, 2, 4, 8, 10, 10]
@@ -334,7 +335,7 @@ def test_a_wall_clock_that_is_set_back_does_not_change_how_long_a_shard_took(
 
     def set_back(prompt: str, times: int) -> None:
         now = time.time()
-        monkeypatch.setattr(worker_module.time, "time", lambda: now - 86400.0)
+        monkeypatch.setattr(answers_module.time, "time", lambda: now - 86400.0)
 
     run(config, plan, Engine(set_back))
     receipt = read_receipt(config.output, plan, 0)
