@@ -51,7 +51,9 @@ _RECIPES = (
                 "max_model_len": 16384,
                 "gpu_memory_utilization": 0.9,
                 "max_num_seqs": 1024,
-                "max_num_batched_tokens": 16384,
+                # As many tokens a second as with 16,384, and a request that comes to a replica
+                # full of batch rows waits for steps half as long (benchmarks/RESULTS.md).
+                "max_num_batched_tokens": 4096,
             },
             "sampling": _PHI4_SAMPLING,
         },

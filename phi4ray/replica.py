@@ -8,7 +8,6 @@ goes through vLLM's ASGI application, which words the error as its server does.
 import asyncio
 import contextlib
 import dataclasses
-import gc
 import logging
 import os
 import time
@@ -16,7 +15,7 @@ from argparse import Namespace
 from collections.abc import Awaitable, Callable, Iterator
 from multiprocessing.context import BaseContext
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 from starlette.requests import Request
@@ -38,6 +37,7 @@ from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 from phi4ray import amx, engine_log
 from phi4ray.config import Endpoint, EngineConfig
 from phi4ray.errors import ConfigError, EngineDeadError, EngineStartError
+from phi4ray.pauses import in_turns, rare_collections
 from phi4ray.protocol import Answer, Json, KVState, refusal
 
 try:
@@ -52,12 +52,7 @@ STOP_S = 2.0
 """For the engine's process to end by itself. It gives back what it holds in one second, and then
 takes Python's time to exit, for which there is no need to wait."""
 
-TURN_S = 0.01
-"""So long at most the engine's outputs are taken, one after the other, before others go on."""
-
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _NOT_ENGINE_ARGS = {"kind", "num_gpus", "num_cpus", "engine_args", "env"}
 
@@ -119,7 +114,7 @@ class VllmReplica:
                 disable_log_stats=args.disable_log_stats,
             )
         client: Any = engine.engine_core
-        client.get_output_async = in_turns(client.get_output_async, TURN_S)
+        client.get_output_async = in_turns(client.get_output_async)
         tasks = await engine.get_supported_tasks()
         # A library below it sets the root logger to this, and to errors only if there is none.
         os.environ.setdefault("SAGEMAKER_CONTAINER_LOG_LEVEL", str(logging.root.level))
@@ -146,9 +141,7 @@ class VllmReplica:
             timeout=None,
         )
         await self._warm_up()
-        # What is loaded now stays: the collector need not look through it again and again.
-        gc.collect()
-        gc.freeze()
+        self._guard.enter_context(rare_collections())
         enable_envs_cache()
 
     async def _warm_up(self) -> None:
@@ -313,25 +306,6 @@ async def _as_its_cause(request: Request, error: EngineGenerateError) -> Respons
     handler = next(handlers[kind] for kind in kinds if kind in handlers)
     answer: Response = await handler(request, cause)
     return answer
-
-
-def in_turns(get: Callable[[], Awaitable[T]], turn_s: float) -> Callable[[], Awaitable[T]]:
-    """Give other tasks a turn every so often, also where there is always something to get.
-
-    vLLM's front end takes steps from a queue and yields only when that is empty. Where an engine
-    is faster it never is: new requests do not reach the engine, whose steps get the faster for it.
-    """
-    clock = time.monotonic
-    until = 0.0
-
-    async def got() -> T:
-        nonlocal until
-        if clock() >= until:
-            await asyncio.sleep(0)
-            until = clock() + turn_s
-        return await get()
-
-    return got
 
 
 @contextlib.contextmanager
