@@ -52,7 +52,7 @@ _RECIPES = (
                 "gpu_memory_utilization": 0.9,
                 "max_num_seqs": 1024,
                 # As many tokens a second as with 16,384, and a request that comes to a replica
-                # full of batch rows waits for steps half as long (benchmarks/RESULTS.md).
+                # full of batch rows waits for steps a quarter as long (benchmarks/RESULTS.md).
                 "max_num_batched_tokens": 4096,
             },
             "sampling": _PHI4_SAMPLING,
@@ -65,9 +65,8 @@ _RECIPES = (
             "lookahead_s": 100.0,
             "downscale_delay_s": 120.0,
         },
-        # A step with 3,072 tokens of prompts lasts 90 ms, which online requests may wait for. With
-        # 2,048 batch gets 3% less, with 4,096 more gather behind it (benchmarks/RESULTS.md).
-        harvest={"prefill_tokens": 3072},
+        # What online requests have at p99 where they alone fill the card is 34 ms.
+        harvest={"target_tpot_ms": 33.0},
     ),
     Recipe(
         name="phi4-bf16-h200",
