@@ -47,12 +47,11 @@ class HarvestedReplica:
         chars, ids = len(prompt_of(body)), prompt_token_ids(body)
         demand = partial(self._lengths.demand, 0 if ids else chars, prompt_tokens=ids)
         body = {**body, "priority": BATCH_PRIORITY}
-        answer = await self._harvest.run(
-            self._job,
-            demand(max_tokens_of(body)),
-            demand(0),
-            lambda: within(self._timeout_s, self._replica.complete(endpoint, body)),
-        )
+
+        async def work() -> Answer:
+            return await within(self._timeout_s, self._replica.complete(endpoint, body))
+
+        answer = await self._harvest.run(self._job, demand(max_tokens_of(body)), demand(0), work)
         usage: Json = answer.body.get("usage") or {}
         if prompt_tokens := usage.get("prompt_tokens"):
             completion_tokens = usage.get("completion_tokens") or 0

@@ -69,6 +69,18 @@ def test_an_h200_is_predicted_within_a_percent(
     assert plan.weight_bytes / GIB == pytest.approx(measured_gib, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("batched_tokens", "measured_tokens"), [(8192, 1_145_616), (4096, 1_146_640)]
+)
+def test_shorter_steps_leave_more_to_the_cache_as_measured(
+    batched_tokens: int, measured_tokens: int
+) -> None:
+    placement = on(
+        "h200", weights="fp8", kv_cache_dtype="fp8", max_num_batched_tokens=batched_tokens
+    )
+    assert plan_memory(placement).kv_cache_size_tokens == pytest.approx(measured_tokens, rel=0.002)
+
+
 def test_a_token_of_phi_4_takes_200_kib() -> None:
     assert kv_bytes_per_token(shape()) == 2 * 40 * 10 * 128 * 2 == 204_800
     assert kv_bytes_per_token(shape(), "fp8") == 102_400
