@@ -22,7 +22,7 @@ of young objects follows 7,000 new ones, so there are never more than seven mill
 T = TypeVar("T")
 
 
-def in_turns(get: Callable[[], Awaitable[T]], turn_s: float = TURN_S) -> Callable[[], Awaitable[T]]:
+def in_turns(get: Callable[[], Awaitable[T]]) -> Callable[[], Awaitable[T]]:
     """Give other tasks a turn every so often, also where there is always something to get.
 
     vLLM's front end takes steps from a queue and yields only when that is empty. Where an engine
@@ -35,7 +35,7 @@ def in_turns(get: Callable[[], Awaitable[T]], turn_s: float = TURN_S) -> Callabl
         nonlocal until
         if clock() >= until:
             await asyncio.sleep(0)
-            until = clock() + turn_s
+            until = clock() + TURN_S
         return await get()
 
     return got

@@ -1,5 +1,6 @@
 """What tests wait for: something that comes true, a server that answers, a port that is free."""
 
+import asyncio
 import contextlib
 import random
 import socket
@@ -21,6 +22,12 @@ def until(
         assert time.monotonic() < deadline, log()
         time.sleep(0.1)
     return found
+
+
+async def settle(turns: int = 5) -> None:
+    """Give the other tasks of the event loop so many turns."""
+    for _ in range(turns):
+        await asyncio.sleep(0)
 
 
 def reached(url: str) -> bool:

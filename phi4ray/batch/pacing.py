@@ -105,10 +105,13 @@ class Pacer:
     def _let_in_soon(self) -> None:
         if not self._woken:
             self._woken = True
-            asyncio.get_running_loop().call_soon(self._let_in)
+            asyncio.get_running_loop().call_soon(self._wake)
+
+    def _wake(self) -> None:
+        self._woken = False
+        self._let_in()
 
     def _let_in(self) -> None:
-        self._woken = False
         while (eldest := self._eldest()) is not None:
             kin = self._kin(eldest.rank)
             row = kin or eldest

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi4ray.serve.admission import Admission, AdmissionConfig, OverloadedError
+from tests.waiting import settle
 
 
 def admission(
@@ -34,11 +35,6 @@ class Client:
     async def end(self) -> None:
         self._end.set()
         await self.task
-
-
-async def settle() -> None:
-    for _ in range(5):
-        await asyncio.sleep(0)
 
 
 def test_requests_go_in_until_their_tokens_fill_the_cache() -> None:

@@ -13,6 +13,7 @@ from phi4ray.errors import EngineDeadError
 from phi4ray.fake import FakeReplica
 from phi4ray.protocol import Answer, Json
 from tests.small_jobs import job
+from tests.waiting import settle
 
 ROOM = 2
 """Rows that have room at once: twice the engine's one sequence."""
@@ -34,15 +35,15 @@ class Held(FakeReplica):
             raise EngineDeadError("it died")
         return Answer(200, {"choices": [{"text": body["prompt"]}], "usage": {}})
 
+    async def full(self) -> None:
+        """Until it has all the rows that there is room for."""
+        while len(self.asked) < ROOM:
+            await asyncio.sleep(0)
+
 
 def shard(*prompts: str) -> tuple[list[Result], list[Request | None]]:
     results = [Result(prompt, "file", at) for at, prompt in enumerate(prompts)]
     return results, [Request("/v1/completions", {"prompt": prompt}) for prompt in prompts]
-
-
-async def ticks(number: int) -> None:
-    for _ in range(number):
-        await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize("at", range(12))
@@ -55,13 +56,12 @@ def test_a_shard_that_is_cancelled_at_any_moment_takes_no_room_with_it(
         first, _ = kept = shard("a", "b")
         one = asyncio.create_task(answers.answer(0, *kept))
         other = asyncio.create_task(answers.answer(1, *shard("c", "d", "e")))
-        while len(engine.asked) < ROOM:
-            await asyncio.sleep(0)
+        await engine.full()
         engine.go.set()
-        await ticks(at)
+        await settle(at)
         other.cancel()
         await asyncio.wait([one, other], timeout=5)
-        await ticks(5)
+        await settle()
         assert [row.text for row in first] == ["a", "b"]
         assert (answers.pacer.rows, answers.pacer.tokens) == (0, 0)
         last, requests = shard("f", "g", "h")
@@ -76,12 +76,11 @@ def test_rows_of_a_shard_that_failed_do_not_begin(tmp_path: Path) -> None:
         engine = Held(tmp_path)
         answers = Answers(engine.settings, engine)
         failing = asyncio.create_task(answers.answer(0, *shard("dies", "a", "b", "c")))
-        while len(engine.asked) < ROOM:
-            await asyncio.sleep(0)
+        await engine.full()
         engine.go.set()
         with pytest.raises(EngineDeadError):
             await failing
-        await ticks(5)
+        await settle()
         assert engine.asked == ["dies", "a"]
         assert (answers.pacer.rows, answers.pacer.tokens) == (0, 0)
 
@@ -96,8 +95,7 @@ def test_a_row_is_let_go_of_when_its_turn_comes(tmp_path: Path) -> None:
         answers = Answers(engine.settings, engine)
         results, requests = shard("a", "b", "c")
         task = asyncio.create_task(answers.answer(0, results, requests))
-        while len(engine.asked) < ROOM:
-            await asyncio.sleep(0)
+        await engine.full()
         assert [request is None for request in requests] == [True, True, False]
         engine.go.set()
         await task

@@ -11,6 +11,7 @@ from phi4ray.serve.admission import Admission, AdmissionConfig
 from phi4ray.serve.fair import FairQueue
 from phi4ray.serve.harvest import Harvest
 from phi4ray.serve.slack import HarvestConfig
+from tests.waiting import settle
 
 JOB = "job"
 
@@ -47,12 +48,12 @@ class Engine:
     async def end(self, name: str) -> None:
         self.running[name].set()
         assert await self.tasks[name] == name
-        await settle()
+        await settle(10)
 
     async def steps(self, count: int, running: int, step_s: float) -> None:
         for _ in range(count):
             self.harvest.step(running, step_s, 0)
-        await settle()
+        await settle(10)
 
     async def online(self, tokens: float) -> Callable[[], Coroutine[Any, Any, None]]:
         """An online request; gives what ends it."""
@@ -64,12 +65,12 @@ class Engine:
 
         task = asyncio.create_task(hold())
         self.held.append(task)  # the loop itself would forget it
-        await settle()
+        await settle(10)
 
         async def finish() -> None:
             done.set()
             await task
-            await settle()
+            await settle(10)
 
         return finish
 
@@ -79,15 +80,10 @@ async def beside_an_online_request(rows: int) -> Engine:
     engine = Engine(tokens=100_000, target_tpot_ms=50)
     for name in names(rows):
         engine.row(name)
-    await settle()
+    await settle(10)
     engine.harvest.step(rows, None, rows)
     await engine.online(10)
     return engine
-
-
-async def settle() -> None:
-    for _ in range(10):
-        await asyncio.sleep(0)
 
 
 def names(count: int) -> list[str]:
@@ -99,7 +95,7 @@ def test_an_idle_replica_is_filled_and_the_next_row_follows_a_finished_one() -> 
         engine = Engine()
         for name in names(15):
             engine.row(name)
-        await settle()
+        await settle(10)
         assert sorted(engine.running) == names(12)  # a quarter more than the cache holds
         await engine.end("r03")
         assert "r12" in engine.running
@@ -113,7 +109,7 @@ def test_an_online_request_gets_its_tokens_at_once_and_the_youngest_rows_yield()
         engine = Engine()
         for name in names(10):
             engine.row(name)
-        await settle()
+        await settle(10)
         engine.harvest.step(10, None, 10)
         await engine.online(300)
         assert engine.admission.running == 1  # it did not wait
@@ -129,7 +125,7 @@ def test_rows_that_an_idle_engine_had_not_begun_make_way_for_the_first_online_re
         engine = Engine(tokens=100_000, prefill_tokens=100)
         for name in names(10):
             engine.row(name, prompt=60)
-        await settle()
+        await settle(10)
         engine.harvest.step(6, None, 6)
         await engine.online(10)
         assert engine.harvest.aborted == 4
@@ -144,7 +140,7 @@ def test_rows_that_made_way_go_first_when_there_is_room_again() -> None:
         engine = Engine(reserve_half_life_s=1.0, idle_s=0.0)
         for name in names(10):
             engine.row(name)
-        await settle()
+        await settle(10)
         engine.harvest.step(10, None, 10)
         finish = await engine.online(600)
         assert sorted(engine.running) == names(3)
@@ -152,7 +148,7 @@ def test_rows_that_made_way_go_first_when_there_is_room_again() -> None:
         await finish()
         engine.now += 60
         engine.harvest.step(3, 0.001, 3)
-        await settle()
+        await settle(10)
         assert engine.begun[10:] == [*names(10)[3:], "later"]
         for name in (*names(10), "later"):
             await engine.end(name)
@@ -167,7 +163,7 @@ def test_while_online_requests_wait_no_batch_row_runs() -> None:
         engine.row("batch")
         await engine.online(1000)
         second = asyncio.create_task(engine.online(1000))
-        await settle()
+        await settle(10)
         assert engine.admission.crowded
         assert engine.running == {}
         second.cancel()
@@ -181,13 +177,13 @@ def test_beside_online_requests_a_step_gets_only_so_many_prompt_tokens() -> None
         await engine.online(10)
         for name in names(6):
             engine.row(name, prompt=60)
-        await settle()
+        await settle(10)
         assert sorted(engine.running) == names(2)
         engine.harvest.step(3, 0.001, 1)
-        await settle()
+        await settle(10)
         assert sorted(engine.running) == names(2)  # the other one is still on its way
         engine.harvest.step(3, 0.001, 1)
-        await settle()
+        await settle(10)
         assert sorted(engine.running) == names(4)
 
     asyncio.run(scenario())
@@ -202,7 +198,7 @@ def test_no_row_is_handed_over_while_more_online_requests_come_than_usual() -> N
             await engine.online(500)
         for name in names(3):
             engine.row(name, prompt=1000)
-        await settle()
+        await settle(10)
         assert not engine.running
         await engine.steps(20, 4, 0.01)
         assert not engine.running
@@ -257,11 +253,11 @@ def test_a_cancelled_row_frees_its_place_whether_it_runs_or_waits() -> None:
         engine = Engine(tokens=100)
         for name in names(4):
             engine.row(name)
-        await settle()
+        await settle(10)
         assert sorted(engine.running) == names(1)
         engine.tasks["r01"].cancel()
         engine.tasks["r00"].cancel()
-        await settle()
+        await settle(10)
         assert sorted(engine.running) == ["r02"]
         assert engine.tasks["r00"].cancelled()
         assert engine.harvest.waiting(JOB) == 1
@@ -277,7 +273,7 @@ def test_a_failing_row_frees_its_place_and_its_error_is_passed_on() -> None:
             raise RuntimeError("engine")
 
         failed = asyncio.create_task(engine.harvest.run(JOB, 10, 0, fail))
-        await settle()
+        await settle(10)
         assert isinstance(failed.exception(), RuntimeError)
         assert engine.harvest.rows == 0
 
@@ -289,7 +285,7 @@ def test_a_row_larger_than_the_cache_goes_alone() -> None:
         engine = Engine(tokens=100, idle_s=1000)
         finish = await engine.online(10)
         engine.row("large", tokens=1e9)
-        await settle()
+        await settle(10)
         assert engine.running == {}
         await finish()
         assert "large" in engine.running
@@ -302,7 +298,7 @@ def test_a_small_job_gets_its_share_at_once_behind_a_large_one() -> None:
         engine = Engine(tokens=800)
         for name in names(100):
             engine.row(name)
-        await settle()
+        await settle(10)
         engine.harvest.join("small")
         for n in range(5):
             engine.row(f"s{n}", job="small")
@@ -319,10 +315,10 @@ def test_rows_of_a_lower_priority_yield_first_and_come_last() -> None:
         engine.harvest.join("low", priority=10)
         for n in range(6):
             engine.row(f"low{n}", job="low")
-        await settle()
+        await settle(10)
         for name in names(6):
             engine.row(name)
-        await settle()
+        await settle(10)
         assert len(engine.running) == 12
         engine.harvest.step(12, None, 12)
         await engine.online(400)
@@ -388,7 +384,7 @@ def test_whatever_happens_online_fits_first_and_no_row_is_lost(life: list[tuple[
                 await online.pop(0)()
             elif event == "step":
                 engine.harvest.step(engine.harvest.rows, size / 10_000, size % 4)
-            await settle()
+            await settle(10)
             held = engine.harvest.tokens + engine.admission.used_tokens
             if engine.admission.running and engine.harvest.rows:
                 assert held <= 1000
@@ -399,7 +395,7 @@ def test_whatever_happens_online_fits_first_and_no_row_is_lost(life: list[tuple[
             engine.now += 1000
             while not all(task.done() for task in engine.tasks.values()):
                 engine.harvest.update()
-                await settle()
+                await settle(10)
                 await engine.end(min(engine.running))
             assert (engine.harvest.rows, engine.harvest.tokens) == (0, 0)
         else:

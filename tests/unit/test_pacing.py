@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from phi4ray.batch.pacing import FOLLOWERS, KIN_CHARS, Pacer, Waiting, common_chars, rank_of
 from phi4ray.protocol import KVState
+from tests.waiting import settle
 
 
 def pacer(tokens: int = 100, rows: int = 10) -> Pacer:
@@ -54,11 +55,6 @@ async def turn(room: Pacer, tokens: Callable[[], float], rank: int = 0, prompt: 
 
 async def acquired(room: Pacer, tokens: float, rank: int = 0) -> float:
     return await turn(room, lambda: tokens, rank)
-
-
-async def settle() -> None:
-    for _ in range(5):
-        await asyncio.sleep(0)
 
 
 # Room

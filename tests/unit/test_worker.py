@@ -335,7 +335,7 @@ def test_a_wall_clock_that_is_set_back_does_not_change_how_long_a_shard_took(
 
     def set_back(prompt: str, times: int) -> None:
         now = time.time()
-        monkeypatch.setattr(answers_module.time, "time", lambda: now - 86400.0)
+        monkeypatch.setattr(time, "time", lambda: now - 86400.0)
 
     run(config, plan, Engine(set_back))
     receipt = read_receipt(config.output, plan, 0)
