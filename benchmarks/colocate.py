@@ -8,7 +8,11 @@ One service, asked in turn:
 * `online alone`: a bursty trace, a Poisson process whose rate is `--base` of the capacity and rises
   to `--burst` of it for `--burst-s` seconds each `--period-s`: at the defaults a quarter of the
   capacity in the mean.
-* `both`: the same trace, requests and moments, while the job runs.
+* `both`: the same trace, requests and moments, while the job runs. Just before it the job has the
+  replica alone again, and what it reaches is the capacity that `both` is held against.
+
+  `--rounds` plays these two so many times in turn, each time with another trace, and takes all
+  requests of a side together: so a machine that grows slower does so for both.
 * `priority`: the same on vLLM's own server with `scheduling_policy=priority`, where batch rows are
   requests of a low priority, as many at once as the engine has sequences.
 
@@ -32,6 +36,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +52,8 @@ from servers import answering
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDES = ("phi4ray", "priority")
+IDLE_S = 31.0
+"""After so long without online requests the replica gives itself wholly to batch."""
 
 
 def main() -> None:
@@ -56,8 +63,9 @@ def main() -> None:
     add = parser.add_argument
     add("--engine", choices=sorted(ENGINES), default="cpu")
     add("--shape", default="128x64", help="prompt x answer tokens, online and batch [128x64]")
-    add("--seconds", type=float, default=96.0, help="of the trace [96]")
-    add("--alone-s", type=float, default=25.0, help="of batch alone, and before the trace [25]")
+    add("--rounds", type=int, default=1, help="of online alone and both [1]")
+    add("--seconds", type=float, default=96.0, help="of a round's trace [96]")
+    add("--alone-s", type=float, default=25.0, help="of batch alone [25]")
     add("--base", type=float, default=0.1, help="of the capacity, between bursts [0.1]")
     add("--burst", type=float, default=1.0, help="of the capacity, in bursts [1.0]")
     add("--burst-s", type=float, default=8.0, help="[8]")
@@ -79,9 +87,10 @@ def main() -> None:
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
 
-    def keep(side: str, phase: str, **figures: float) -> None:
-        found.append({"side": side, "phase": phase} | {k: round(v, 4) for k, v in figures.items()})
-        print(json.dumps(found[-1]), flush=True)
+    def tell(side: str, phase: str, **figures: float) -> dict[str, Any]:
+        row = {"side": side, "phase": phase} | {k: round(v, 4) for k, v in figures.items()}
+        print(json.dumps(row), flush=True)
+        return row
 
     with tempfile.TemporaryDirectory(prefix="phi4ray-") as name:
         folder = Path(name)
@@ -89,26 +98,75 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         prompts = [json.loads(line)["prompt"] for line in (folder / "prompts/prompts.jsonl").open()]
         shape = [int(part) for part in arguments.shape.split("x")]
         bench = Bench(arguments, prompts, sum(shape), shape[1], folder)
+        last = arguments.rounds - 1
         if "phi4ray" in arguments.sides:
+            alone, both, spikes = [], [], {}
             with bench.service():
                 if arguments.capacity is None:
                     with bench.job():
                         bench.capacity = bench.computed_per_s(arguments.alone_s)
-                keep("phi4ray", "batch alone", batch=bench.capacity)
-                keep("phi4ray", "online alone", **asyncio.run(bench.online(batch=False)))
-                keep("phi4ray", "spike alone", **asyncio.run(bench.spike()))
-                with bench.job():
-                    aborted = bench.aborted()
-                    keep("phi4ray", "both", **asyncio.run(bench.online(batch=True)))
-                    keep("phi4ray", "made way", rows=bench.aborted() - aborted)
-                    time.sleep(5)
-                    aborted = bench.aborted()
-                    keep("phi4ray", "spike on batch", **asyncio.run(bench.spike()))
-                    keep("phi4ray", "made way", rows=bench.aborted() - aborted)
+                    tell("phi4ray", "batch alone", batch=bench.capacity)
+                for number in range(arguments.rounds):
+                    moments = bench.moments(number)
+                    alone.append(asyncio.run(bench.online(moments)))
+                    tell("phi4ray", f"online alone {number}", **figures(alone[-1:]))
+                    if number == last:
+                        spikes["spike alone"] = asyncio.run(bench.spike())
+                    idle_at = time.monotonic() + IDLE_S
+                    with bench.job():
+                        time.sleep(max(0.0, idle_at - time.monotonic()))
+                        capacity = bench.computed_per_s(arguments.alone_s)
+                        both.append(asyncio.run(bench.online(moments)))
+                        both[-1].capacity = capacity
+                        tell("phi4ray", f"both {number}", **figures(both[-1:]))
+                        if number == last:
+                            time.sleep(5)
+                            spikes["spike on batch"] = asyncio.run(bench.spike())
+            found.append(tell("phi4ray", "online alone", **figures(alone)))
+            found.append(tell("phi4ray", "both", **figures(both)))
+            found.extend(tell("phi4ray", phase, **spike) for phase, spike in spikes.items())
         if "priority" in arguments.sides:
             with bench.vllm():
-                keep("priority", "both", **asyncio.run(bench.online(batch=True, fill=True)))
+                played = asyncio.run(bench.online(bench.moments(0), fill=True))
+                played.capacity = bench.capacity
+                found.append(tell("priority", "both", **figures([played])))
     return found
+
+
+@dataclass
+class Played:
+    """What came of a trace."""
+
+    seconds: float
+    asked: int
+    finished: int
+    """Online requests, within the trace's seconds."""
+    computed: float
+    """Requests' worth of tokens that online traffic had in that time."""
+    batch: float
+    """Rows that the job finished in that time."""
+    aborted: float
+    """Rows that made way."""
+    timings: list[tuple[float, float]]
+    """Seconds to its first token and for each further one, of every request."""
+    capacity: float = 0.0
+    """Rows a second that the job has alone."""
+
+
+def figures(rounds: list[Played]) -> dict[str, float]:
+    """Of several rounds together."""
+    seconds = sum(played.seconds for played in rounds)
+    timings = [timing for played in rounds for timing in played.timings]
+    return {
+        "online": sum(played.finished for played in rounds) / seconds,
+        "batch": sum(played.batch for played in rounds) / seconds,
+        "online_computed": sum(played.computed for played in rounds) / seconds,
+        "aimed": sum(played.asked for played in rounds) / seconds,
+        "made_way": sum(played.aborted for played in rounds),
+        "capacity": sum(played.capacity * played.seconds for played in rounds) / seconds,
+        **quantiles("ttft", [ttft for ttft, _ in timings]),
+        **quantiles("tpot", [tpot for _, tpot in timings]),
+    }
 
 
 class Bench:
@@ -159,21 +217,28 @@ class Bench:
         time.sleep(seconds)
         return (self.computed() - before) / (time.monotonic() - began)
 
-    async def online(self, *, batch: bool, fill: bool = False) -> dict[str, float]:
-        """Play the trace; gives latencies, and what was finished besides."""
-        arguments, chance = self._arguments, random.Random(4)
+    def moments(self, number: int) -> list[float]:
+        """When the requests of a round's trace come, in seconds."""
+        arguments, chance = self._arguments, random.Random(4 + number)
         moments, at = [], 0.0
-        while at < arguments.seconds:
+        while True:
             burst = at % arguments.period_s > arguments.period_s - arguments.burst_s
             share = arguments.burst if burst else arguments.base
             at += chance.expovariate(share * self.capacity)
+            if at >= arguments.seconds:
+                return moments
             moments.append(at)
+
+    async def online(self, moments: list[float], *, fill: bool = False) -> Played:
+        """Play a trace; with `fill` as many requests of low priority as the engine takes beside."""
+        seconds = self._arguments.seconds
         async with client() as session:
             fillers = [
                 asyncio.create_task(self._fill(session, n))
-                for n in range(ENGINES[arguments.engine]["max_num_seqs"] if fill else 0)
+                for n in range(ENGINES[self._arguments.engine]["max_num_seqs"] if fill else 0)
             ]
-            await asyncio.sleep(arguments.alone_s if batch else 1)  # until batch is under way
+            await asyncio.sleep(self._arguments.alone_s if fill else 1)  # until they are under way
+            aborted = await asyncio.to_thread(self.aborted)
             before, began = await asyncio.to_thread(self.finished), time.monotonic()
             answered = self._answered
             timings: list[tuple[float, float]] = []
@@ -183,21 +248,19 @@ class Bench:
                 timings.append(await self._ask(session))
 
             asked = [asyncio.create_task(one(moment)) for moment in moments]
-            await asyncio.sleep(began + arguments.seconds - time.monotonic())
+            await asyncio.sleep(began + seconds - time.monotonic())
             done, seconds = len(timings), time.monotonic() - began
             answered = self._answered - answered
             total = await asyncio.to_thread(self.finished) - before
+            aborted = await asyncio.to_thread(self.aborted) - aborted
             await asyncio.gather(*asked)
             for filler in fillers:
                 filler.cancel()
             await asyncio.gather(*fillers, return_exceptions=True)
-        return {
-            "online": done / seconds, "batch": (total - done) / seconds,
-            "online_computed": answered / self._tokens / seconds,
-            "aimed": sum(m < arguments.seconds for m in moments) / arguments.seconds,
-            **quantiles("ttft", [ttft for ttft, _ in timings]),
-            **quantiles("tpot", [tpot for _, tpot in timings]),
-        }  # fmt: skip
+        return Played(
+            seconds=seconds, asked=len(moments), finished=done, batch=total - done,
+            computed=answered / self._tokens, aborted=aborted, timings=timings,
+        )  # fmt: skip
 
     async def spike(self) -> dict[str, float]:
         """So many requests in one moment."""
@@ -323,26 +386,28 @@ def quantiles(name: str, values: list[float]) -> dict[str, float]:
 
 def show(found: list[dict[str, Any]]) -> None:
     table = Table(
-        "side", "phase", "online /s", "batch /s", "TTFT p50 / p99 ms", "TPOT p50 / p99 ms"
-    )
+        "side", "phase", "online /s", "batch /s", "of", "TTFT p50 / p99 ms", "TPOT p50 / p99 ms",
+        "made way",
+    )  # fmt: skip
     for row in found:
 
         def pair(name: str, row: dict[str, Any] = row) -> str:
             first, last = row.get(f"{name}_p50_ms"), row.get(f"{name}_p99_ms")
             return "" if first is None else f"{first:,.1f} / {last:,.1f}"
 
+        counted = (str(row.get(name) or "") for name in ("online", "batch", "capacity"))
         table.add_row(
-            row["side"], row["phase"], str(row.get("online", "")), str(row.get("batch", "")),
-            pair("ttft"), pair("tpot"),
+            row["side"], row["phase"], *counted, pair("ttft"), pair("tpot"),
+            str(row.get("made_way", "")),
         )  # fmt: skip
-    console = Console(width=110)
+    console = Console(width=120)
     console.print(table)
     by = {(row["side"], row["phase"]): row for row in found}
-    alone, capacity = by.get(("phi4ray", "online alone")), by.get(("phi4ray", "batch alone"))
+    alone = by.get(("phi4ray", "online alone"))
     for side in ("phi4ray", "priority"):
         both = by.get((side, "both"))
-        if alone and both and capacity:
-            left = capacity["batch"] - both["online_computed"]
+        if alone and both and both["capacity"]:
+            left = both["capacity"] - both["online_computed"]
             console.print(
                 f"{side}: p99 TTFT {both['ttft_p99_ms'] / alone['ttft_p99_ms']:.2f}x, "
                 f"p99 TPOT {both['tpot_p99_ms'] / alone['tpot_p99_ms']:.2f}x of online alone; "
