@@ -97,19 +97,23 @@ class FakeReplica:
                 return refusal("engine_error", "planned failure", status=500)
         self._running += 1
         self._used_tokens += prompt_tokens + max_tokens
+        self._step(begun=1)
         try:
             if self._latency_s:
                 await asyncio.sleep(self._latency_s)
         finally:
             self._running -= 1
             self._used_tokens -= prompt_tokens + max_tokens
-        if self.on_step is not None:
-            self.on_step(self._running, None, 1)
+        self._step(begun=0)
         self._served += 1
         if self._die_after is not None and self._served >= self._die_after:
             self._dead = True
         self._check_alive()
         return Answer(200, _response(endpoint, self.config.model_name, text, prompt_tokens))
+
+    def _step(self, *, begun: int) -> None:
+        if self.on_step is not None:
+            self.on_step(self._running, None, begun)
 
     def _check_alive(self) -> None:
         if self._dead:

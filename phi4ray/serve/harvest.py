@@ -137,7 +137,10 @@ class Harvest:
                 self._queue.pop()
                 continue
             fits = self.tokens + row.tokens <= room.tokens and self.rows + 1 <= room.sequences
-            paced = self._idle or self._control.ready(self._rising_tokens_per_s())
+            control = self._control
+            paced = (
+                control.idle_ready() if self._idle else control.ready(self._rising_tokens_per_s())
+            )
             # Where there is nothing else any row may go, however large and slow.
             if not (fits and paced) and (self._rows or self._online()):
                 return

@@ -57,6 +57,17 @@ too long, or now longer and now shorter, mends itself before that: rows end, and
 IDLE_OVERSUBSCRIBE = 1.25
 """What batch holds of an idle replica: a few rows wait in the engine, for its next free places."""
 
+AHEAD_STEPS = 8.0
+"""Of an idle replica: rows for so many steps wait in the engine to be begun. It takes a front end a
+step or two to hand over more. All that wait go for the first online request, which waits for that
+itself: a thousand of them took 100 ms on an H200 (benchmarks/RESULTS.md)."""
+
+LEAST_AHEAD = 64.0
+"""And at least so many rows, or it would not be known how many a step can begin."""
+
+BEGUN_FADES = 0.995
+"""What the most rows that a step began count, each step, of what they did."""
+
 
 class HarvestConfig(Config):
     """How batch rows share a replica with online requests."""
@@ -120,10 +131,11 @@ class StepControl:
         self._most_tokens = most_tokens
         self._lump_tokens = float(most_tokens)
         self._longest_s = 0.0  # of the steps since the lump was fed
-        self._credit = float(most_tokens)
+        self._credit = 0.0
         self._debt_s = 0.0
         self._unseen: dict[Hashable, None] = {}
         """Rows that were fed and are not in a step yet, oldest first."""
+        self._most_begun = 0.0  # in one of the last steps
         # Of the last steps: how many, how long, with how many sequences; old ones fade.
         self._steps = 0.0
         self._seconds = 0.0
@@ -145,6 +157,11 @@ class StepControl:
         paced = self._credit > 0 and self._rest_s <= 0
         return paced and gathering <= ONSET * self._lump_tokens
 
+    def idle_ready(self) -> bool:
+        """Whether another row may be fed while there are no online requests, however long steps
+        get: where the engine could else begin all that it has before more can come."""
+        return len(self._unseen) < max(LEAST_AHEAD, AHEAD_STEPS * self._most_begun)
+
     def feed(self, row: Hashable, prompt_tokens: float) -> None:
         """Spend credit on a row; a long prompt overdraws it, and the next ones wait longer."""
         if not self._unseen:
@@ -165,6 +182,7 @@ class StepControl:
 
         No length: there was no sequence that could have waited for its next token.
         """
+        self._most_begun = max(float(begun), BEGUN_FADES * self._most_begun)
         if step_s is None:
             self._rest_s = 0.0
         else:

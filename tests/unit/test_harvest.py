@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from phi4ray.serve.admission import Admission, AdmissionConfig
 from phi4ray.serve.fair import FairQueue
 from phi4ray.serve.harvest import Harvest
-from phi4ray.serve.slack import HarvestConfig
+from phi4ray.serve.slack import LEAST_AHEAD, HarvestConfig
 from tests.waiting import settle
 
 JOB = "job"
@@ -104,6 +104,24 @@ def test_an_idle_replica_is_filled_and_the_next_row_follows_a_finished_one() -> 
     asyncio.run(scenario())
 
 
+def test_an_idle_replica_has_few_rows_that_its_engine_has_not_begun() -> None:
+    async def scenario() -> None:
+        engine = Engine(tokens=100_000, seqs=1000)
+        for name in names(300):
+            engine.row(name)
+        await settle(10)
+        assert len(engine.running) == LEAST_AHEAD
+        await engine.steps(10, 64, 3.0)
+        assert len(engine.running) == LEAST_AHEAD
+        engine.harvest.step(70, 3.0, 6)
+        await settle(10)
+        assert len(engine.running) == LEAST_AHEAD + 6
+        await engine.online(10)
+        assert engine.harvest.aborted == LEAST_AHEAD
+
+    asyncio.run(scenario())
+
+
 def test_an_online_request_gets_its_tokens_at_once_and_the_youngest_rows_yield() -> None:
     async def scenario() -> None:
         engine = Engine()
@@ -129,7 +147,10 @@ def test_rows_that_an_idle_engine_had_not_begun_make_way_for_the_first_online_re
         engine.harvest.step(6, None, 6)
         await engine.online(10)
         assert engine.harvest.aborted == 4
-        # As many of them come again as one step is to begin.
+        # As many of them come again as one step is to begin, and after the one that it waits for.
+        assert engine.begun[10:] == []
+        engine.harvest.step(7, 0.001, 1)
+        await settle(10)
         assert engine.begun[10:] == names(10)[6:8]
 
     asyncio.run(scenario())
@@ -177,6 +198,9 @@ def test_beside_online_requests_a_step_gets_only_so_many_prompt_tokens() -> None
         await engine.online(10)
         for name in names(6):
             engine.row(name, prompt=60)
+        await settle(10)
+        assert engine.running == {}
+        engine.harvest.step(1, None, 1)
         await settle(10)
         assert sorted(engine.running) == names(2)
         engine.harvest.step(3, 0.001, 1)

@@ -7,6 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from phi4ray.serve.slack import (
+    AHEAD_STEPS,
+    LEAST_AHEAD,
     ONSET,
     REST_S,
     HarvestConfig,
@@ -154,6 +156,13 @@ class Engine:
         return sum(half) / len(half)
 
 
+def told(control: StepControl) -> StepControl:
+    """The control after a step: it lets nothing in before."""
+    assert not control.ready()
+    control.observe(None, 1, 1)
+    return control
+
+
 @given(
     st.floats(0.003, 0.01), st.floats(1e-5, 1e-4), st.floats(5e-6, 5e-5), st.floats(0.02, 0.08),
     st.integers(0, 40),
@@ -249,7 +258,7 @@ def test_a_slow_front_end_never_has_more_than_what_is_fed_at_once() -> None:
 
 
 def test_rows_that_ended_before_the_engine_began_them_hold_nothing_back() -> None:
-    control = StepControl(0.05, 1000)
+    control = told(StepControl(0.05, 1000))
     control.feed("refused", 1000)
     control.observe(0.01, 5, 0)
     assert not control.ready()
@@ -259,7 +268,7 @@ def test_rows_that_ended_before_the_engine_began_them_hold_nothing_back() -> Non
 
 
 def test_what_a_long_step_was_too_long_is_paid_back_before_more_is_fed() -> None:
-    control = StepControl(0.05, 1000)
+    control = told(StepControl(0.05, 1000))
     control.feed("row", 1000)
     control.observe(0.1, 5, 1)
     paid = 0
@@ -270,7 +279,7 @@ def test_what_a_long_step_was_too_long_is_paid_back_before_more_is_fed() -> None
 
 
 def test_nothing_is_fed_while_more_comes_than_usual_as_long_as_a_lump_would_take() -> None:
-    control = StepControl(0.05, 1000)
+    control = told(StepControl(0.05, 1000))
     assert control.lump_s == pytest.approx(0.15)
     assert control.ready(ONSET * 1000 / 0.15 - 1)
     assert not control.ready(ONSET * 1000 / 0.15 + 1)
@@ -278,9 +287,32 @@ def test_nothing_is_fed_while_more_comes_than_usual_as_long_as_a_lump_would_take
 
 
 def test_an_engine_that_does_not_tell_its_steps_gets_prompts_when_it_has_begun_the_last() -> None:
-    control = StepControl(0.05, 1000)
+    control = told(StepControl(0.05, 1000))
     control.feed("row", 1000)
     control.observe(None, 1, 0)
     assert not control.ready()
     control.observe(None, 1, 1)
     assert control.ready()
+
+
+def test_an_idle_engine_has_rows_to_begin_for_some_steps_and_no_more() -> None:
+    control = StepControl(0.05, 1000)
+
+    def fed() -> int:
+        rows = 0
+        while control.idle_ready():
+            control.feed(object(), 1000)
+            rows += 1
+        return rows
+
+    assert fed() == LEAST_AHEAD
+    control.observe(3.0, 20, 5)
+    assert fed() == 5  # however long its steps are
+    control.observe(3.0, 60, 40)
+    assert fed() == 40 + AHEAD_STEPS * 40 - LEAST_AHEAD
+    for _ in range(1000):
+        control.observe(0.01, 60, 0)
+    assert fed() == 0
+    for _ in range(int(AHEAD_STEPS * 40)):
+        control.observe(0.01, 60, 1)
+    assert fed() == LEAST_AHEAD
