@@ -26,31 +26,19 @@ requests that were not finished yet included.
 import argparse
 import asyncio
 import json
-import os
-import random
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-import httpx
-import yaml
 from batch_overhead import prepare
-from engines import ENGINES, on_gpus, on_ray
+from colocate_loads import Loads, Played
+from engines import ENGINES
 from rich.console import Console
 from rich.table import Table
-from serve_overhead import NAME, PORT, URL, serve_vllm
-from servers import answering
+from serve_overhead import serve_vllm
 
-ROOT = Path(__file__).resolve().parent.parent
 SIDES = ("phi4ray", "priority")
 IDLE_S = 31.0
 """After so long without online requests the replica gives itself wholly to batch."""
@@ -87,8 +75,8 @@ def main() -> None:
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
 
-    def tell(side: str, phase: str, **figures: float) -> dict[str, Any]:
-        row = {"side": side, "phase": phase} | {k: round(v, 4) for k, v in figures.items()}
+    def tell(side: str, phase: str, **values: float) -> dict[str, Any]:
+        row = {"side": side, "phase": phase} | {k: round(v, 4) for k, v in values.items()}
         print(json.dumps(row), flush=True)
         return row
 
@@ -97,60 +85,41 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         prepare(folder, arguments.engine, arguments.shape, 2000)
         prompts = [json.loads(line)["prompt"] for line in (folder / "prompts/prompts.jsonl").open()]
         shape = [int(part) for part in arguments.shape.split("x")]
-        bench = Bench(arguments, prompts, sum(shape), shape[1], folder)
+        loads = Loads(arguments, prompts, sum(shape), shape[1], folder)
         last = arguments.rounds - 1
         if "phi4ray" in arguments.sides:
             alone, both, spikes = [], [], {}
-            with bench.service():
+            with loads.service():
                 if arguments.capacity is None:
-                    with bench.job():
-                        bench.capacity = bench.computed_per_s(arguments.alone_s)
-                    tell("phi4ray", "batch alone", batch=bench.capacity)
+                    with loads.job():
+                        loads.capacity = loads.computed_per_s(arguments.alone_s)
+                    tell("phi4ray", "batch alone", batch=loads.capacity)
                 for number in range(arguments.rounds):
-                    moments = bench.moments(number)
-                    alone.append(asyncio.run(bench.online(moments)))
+                    moments = loads.moments(number)
+                    alone.append(asyncio.run(loads.online(moments)))
                     tell("phi4ray", f"online alone {number}", **figures(alone[-1:]))
                     if number == last:
-                        spikes["spike alone"] = asyncio.run(bench.spike())
+                        spikes["spike alone"] = asyncio.run(loads.spike())
                     idle_at = time.monotonic() + IDLE_S
-                    with bench.job():
+                    with loads.job():
                         time.sleep(max(0.0, idle_at - time.monotonic()))
-                        capacity = bench.computed_per_s(arguments.alone_s)
-                        both.append(asyncio.run(bench.online(moments)))
+                        capacity = loads.computed_per_s(arguments.alone_s)
+                        both.append(asyncio.run(loads.online(moments)))
                         both[-1].capacity = capacity
                         tell("phi4ray", f"both {number}", **figures(both[-1:]))
                         if number == last:
                             time.sleep(5)
-                            spikes["spike on batch"] = asyncio.run(bench.spike())
+                            spikes["spike on batch"] = asyncio.run(loads.spike())
             found.append(tell("phi4ray", "online alone", **figures(alone)))
             found.append(tell("phi4ray", "both", **figures(both)))
-            found.extend(tell("phi4ray", phase, **spike) for phase, spike in spikes.items())
+            for phase, ttfts in spikes.items():
+                found.append(tell("phi4ray", phase, **quantiles("ttft", ttfts)))
         if "priority" in arguments.sides:
-            with bench.vllm():
-                played = asyncio.run(bench.online(bench.moments(0), fill=True))
-                played.capacity = bench.capacity
+            with loads.vllm():
+                played = asyncio.run(loads.online(loads.moments(0), fill=True))
+                played.capacity = loads.capacity
                 found.append(tell("priority", "both", **figures([played])))
     return found
-
-
-@dataclass
-class Played:
-    """What came of a trace."""
-
-    seconds: float
-    asked: int
-    finished: int
-    """Online requests, within the trace's seconds."""
-    computed: float
-    """Requests' worth of tokens that online traffic had in that time."""
-    batch: float
-    """Rows that the job finished in that time."""
-    aborted: float
-    """Rows that made way."""
-    timings: list[tuple[float, float]]
-    """Seconds to its first token and for each further one, of every request."""
-    capacity: float = 0.0
-    """Rows a second that the job has alone."""
 
 
 def figures(rounds: list[Played]) -> dict[str, float]:
@@ -167,215 +136,6 @@ def figures(rounds: list[Played]) -> dict[str, float]:
         **quantiles("ttft", [ttft for ttft, _ in timings]),
         **quantiles("tpot", [tpot for _, tpot in timings]),
     }
-
-
-class Bench:
-    """The loads, and the servers that they are for."""
-
-    def __init__(
-        self, arguments: argparse.Namespace, prompts: list[str], tokens: int, answer: int,
-        folder: Path,
-    ) -> None:  # fmt: skip
-        self._arguments = arguments
-        self._prompts = prompts
-        self._tokens = tokens
-        self._answer = answer
-        self._folder = folder
-        self.capacity: float = arguments.capacity or 0.0
-        self._asked = 0
-        self._answered = 0
-        """Tokens of online requests that came: of a prompt with its first answer token."""
-
-    def metric(self, name: str, label: str = "") -> float:
-        """The sum of a metric's samples, of those with a label where one is given."""
-        lines = httpx.get(f"{URL}/metrics", timeout=30).text.splitlines()
-        return sum(
-            float(line.rsplit(" ", 1)[1])
-            for line in lines
-            if line.startswith((f"{name} ", f"{name}{{")) and label in line
-        )
-
-    def finished(self) -> float:
-        """Requests and rows that the engine answered to their end."""
-        return self.metric("vllm:request_success_total", 'finished_reason="length"')
-
-    def aborted(self) -> float:
-        """Rows that made way."""
-        return self.metric("phi4ray:batch_aborted_rows")
-
-    def computed(self) -> float:
-        """Requests' worth of tokens that the engine computed."""
-        names = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
-        return sum(map(self.metric, names)) / self._tokens
-
-    def computed_per_s(self, seconds: float) -> float:
-        """What a job that has just begun reaches when it is under way."""
-        while self.metric("vllm:num_requests_running") < 8:
-            time.sleep(0.2)
-        time.sleep(seconds / 3)
-        before, began = self.computed(), time.monotonic()
-        time.sleep(seconds)
-        return (self.computed() - before) / (time.monotonic() - began)
-
-    def moments(self, number: int) -> list[float]:
-        """When the requests of a round's trace come, in seconds."""
-        arguments, chance = self._arguments, random.Random(4 + number)
-        moments, at = [], 0.0
-        while True:
-            burst = at % arguments.period_s > arguments.period_s - arguments.burst_s
-            share = arguments.burst if burst else arguments.base
-            at += chance.expovariate(share * self.capacity)
-            if at >= arguments.seconds:
-                return moments
-            moments.append(at)
-
-    async def online(self, moments: list[float], *, fill: bool = False) -> Played:
-        """Play a trace; with `fill` as many requests of low priority as the engine takes beside."""
-        seconds = self._arguments.seconds
-        async with client() as session:
-            fillers = [
-                asyncio.create_task(self._fill(session, n))
-                for n in range(ENGINES[self._arguments.engine]["max_num_seqs"] if fill else 0)
-            ]
-            await asyncio.sleep(self._arguments.alone_s if fill else 1)  # until they are under way
-            aborted = await asyncio.to_thread(self.aborted)
-            before, began = await asyncio.to_thread(self.finished), time.monotonic()
-            answered = self._answered
-            timings: list[tuple[float, float]] = []
-
-            async def one(moment: float) -> None:
-                await asyncio.sleep(began + moment - time.monotonic())
-                timings.append(await self._ask(session))
-
-            asked = [asyncio.create_task(one(moment)) for moment in moments]
-            await asyncio.sleep(began + seconds - time.monotonic())
-            done, seconds = len(timings), time.monotonic() - began
-            answered = self._answered - answered
-            total = await asyncio.to_thread(self.finished) - before
-            aborted = await asyncio.to_thread(self.aborted) - aborted
-            await asyncio.gather(*asked)
-            for filler in fillers:
-                filler.cancel()
-            await asyncio.gather(*fillers, return_exceptions=True)
-        return Played(
-            seconds=seconds, asked=len(moments), finished=done, batch=total - done,
-            computed=answered / self._tokens, aborted=aborted, timings=timings,
-        )  # fmt: skip
-
-    async def spike(self) -> dict[str, float]:
-        """So many requests in one moment."""
-        async with client() as session:
-            asked = (self._ask(session) for _ in range(self._arguments.spike))
-            timings = await asyncio.gather(*asked)
-        return quantiles("ttft", [ttft for ttft, _ in timings])
-
-    async def _ask(self, session: aiohttp.ClientSession) -> tuple[float, float]:
-        """One streamed completion; gives seconds to its first token, and for each further one."""
-        self._asked += 1  # or the prefix cache would know it from an earlier phase
-        prompt = f"online {self._asked} {self._prompts[self._asked % len(self._prompts)]}"
-        body = {
-            "model": NAME, "prompt": prompt,
-            "max_tokens": self._answer, "temperature": 0, "ignore_eos": True, "stream": True,
-        }  # fmt: skip
-        asked = time.monotonic()
-        first = last = 0.0
-        async with session.post("/v1/completions", json=body, raise_for_status=True) as stream:
-            async for chunk in stream.content.iter_any():
-                if tokens := chunk.count(b"data: {"):
-                    last = time.monotonic()
-                    self._answered += tokens + (0 if first else self._tokens - self._answer)
-                    first = first or last
-        return first - asked, (last - first) / max(1, self._answer - 1)
-
-    async def _fill(self, session: aiohttp.ClientSession, number: int) -> None:
-        body = {
-            "model": NAME, "max_tokens": self._answer, "temperature": 0, "ignore_eos": True,
-            "priority": 1000,
-        }  # fmt: skip
-        while True:
-            body["prompt"] = f"{number} " + self._prompts[number % len(self._prompts)]
-            async with session.post("/v1/completions", json=body, raise_for_status=True) as reply:
-                await reply.read()
-            number += 7919
-
-    @contextmanager
-    def service(self) -> Iterator[None]:
-        """Our service, on a cluster of this machine."""
-        arguments = self._arguments
-        import ray
-
-        from cluster.environment import SERVING
-        from cluster.local import connected
-
-        harvest = dict(item.split("=") for item in arguments.set)
-        config = {
-            "engine": {"model": str(self._folder / "model"), "served_model_name": NAME,
-                       **on_ray(arguments.engine)},
-            "harvest": {"target_tpot_ms": arguments.target_tpot_ms, **harvest},
-            "admission": {"queue_timeout_s": 600},
-        }  # fmt: skip
-        file = self._folder / "serve.yaml"
-        file.write_text(yaml.safe_dump(config))
-        # A cluster is told at its start how Serve is to work.
-        os.environ |= SERVING | {"RAY_AUTH_MODE": "disabled"}
-        command = [
-            sys.executable, str(ROOT / "jobs/serve.py"), "--config", str(file), "--port", str(PORT),
-        ]  # fmt: skip
-        with connected(num_cpus=os.cpu_count() if on_gpus(arguments.engine) else 4):
-            address = ray.get_runtime_context().gcs_address
-            self._environment = {**os.environ, "RAY_ADDRESS": address}
-            with answering(command, URL, self._environment):
-                yield
-
-    @contextmanager
-    def vllm(self) -> Iterator[None]:
-        """vLLM's own server, with priorities."""
-        command = [
-            sys.executable, __file__, "--engine", self._arguments.engine,
-            "--serve-vllm", str(self._folder / "model"),
-        ]  # fmt: skip
-        with answering(command, URL, dict(os.environ)):
-            yield
-
-    @contextmanager
-    def job(self) -> Iterator[None]:
-        """A batch job of many rows on our service, for as long as the block lasts."""
-        source = self._folder / "rows.jsonl"
-        with source.open("w") as stream:
-            for number in range(200_000):
-                prompt = f"{number} " + self._prompts[number % len(self._prompts)]
-                stream.write(json.dumps({"prompt": prompt}) + "\n")
-        sampling = json.loads((self._folder / "sampling.json").read_text())
-        with tempfile.TemporaryDirectory(prefix="phi4ray-out-") as output:
-            command = [
-                sys.executable, str(ROOT / "jobs/batch_infer.py"), "--serve", "phi4",
-                "--input", str(source), "--output", output, "--endpoint", "/v1/completions",
-                "--set", *(f"{key}={json.dumps(value)}" for key, value in sampling.items()),
-            ]  # fmt: skip
-            with tempfile.TemporaryFile() as log:
-                job = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
-                try:
-                    while self.metric("phi4ray:batch_rows") == 0:
-                        if job.poll() is not None:
-                            log.seek(0)
-                            raise SystemExit(log.read().decode()[-3000:])
-                        time.sleep(0.2)
-                    yield
-                finally:
-                    job.send_signal(signal.SIGINT)
-                    job.wait(120)
-        with suppress(httpx.HTTPError):
-            while self.metric("phi4ray:batch_rows") + self.metric("phi4ray:batch_waiting_rows"):
-                time.sleep(1)
-
-
-def client() -> aiohttp.ClientSession:
-    """As many connections as it takes, none kept: servers close idle ones."""
-    return aiohttp.ClientSession(
-        URL,
-        connector=aiohttp.TCPConnector(limit=0, force_close=True),
-        timeout=aiohttp.ClientTimeout(),
-    )
 
 
 def quantiles(name: str, values: list[float]) -> dict[str, float]:
