@@ -58,6 +58,7 @@ class Loads:
         self._answer = answer
         self._folder = folder
         self.capacity: float = arguments.capacity or 0.0
+        self._jobs = 0
         self._asked = 0
         self._answered = 0
         """Tokens of online requests that came: of a prompt with its first answer token."""
@@ -217,9 +218,10 @@ class Loads:
     def job(self) -> Iterator[None]:
         """A batch job of many rows on our service, for as long as the block lasts."""
         source = self._folder / "rows.jsonl"
+        self._jobs += 1  # or the prefix cache would know its rows from the job before
         with source.open("w") as stream:
             for number in range(200_000):
-                prompt = f"{number} " + self._prompts[number % len(self._prompts)]
+                prompt = f"{self._jobs} {number} {self._prompts[number % len(self._prompts)]}"
                 stream.write(json.dumps({"prompt": prompt}) + "\n")
         sampling = json.loads((self._folder / "sampling.json").read_text())
         with tempfile.TemporaryDirectory(prefix="phi4ray-out-") as output:
