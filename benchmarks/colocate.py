@@ -16,8 +16,8 @@ One service, asked in turn:
 * `priority`: the same on vLLM's own server with `scheduling_policy=priority`, where batch rows are
   requests of a low priority, as many at once as the engine has sequences.
 
-And `--spike` requests in one moment, alone and while the job fills the replica: how much later
-their first tokens come is what it takes to get the KV cache back.
+And, once a round, `--spike` requests in one moment, alone and while the job fills the replica: how
+much later their first tokens come is what it takes to get the KV cache back.
 Throughput counts prompt and answer tokens of what was finished between a phase's begin and end.
 What online traffic leaves is the capacity without the tokens that it had in that time, those of
 requests that were not finished yet included.
@@ -40,8 +40,6 @@ from rich.table import Table
 from serve_overhead import serve_vllm
 
 SIDES = ("phi4ray", "priority")
-IDLE_S = 31.0
-"""After so long without online requests the replica gives itself wholly to batch."""
 
 
 def main() -> None:
@@ -86,9 +84,9 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         prompts = [json.loads(line)["prompt"] for line in (folder / "prompts/prompts.jsonl").open()]
         shape = [int(part) for part in arguments.shape.split("x")]
         loads = Loads(arguments, prompts, sum(shape), shape[1], folder)
-        last = arguments.rounds - 1
         if "phi4ray" in arguments.sides:
-            alone, both, spikes = [], [], {}
+            alone, both = [], []
+            spikes: dict[str, list[float]] = {"spike alone": [], "spike on batch": []}
             with loads.service():
                 if arguments.capacity is None:
                     with loads.job():
@@ -98,27 +96,21 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     moments = loads.moments(number)
                     alone.append(asyncio.run(loads.online(moments)))
                     tell("phi4ray", f"online alone {number}", **figures(alone[-1:]))
-                    if number == last:
-                        spikes["spike alone"] = asyncio.run(loads.spike())
-                    idle_at = time.monotonic() + IDLE_S
+                    spikes["spike alone"] += asyncio.run(loads.spike())
                     with loads.job():
-                        time.sleep(max(0.0, idle_at - time.monotonic()))
                         capacity = loads.computed_per_s(arguments.alone_s)
-                        both.append(asyncio.run(loads.online(moments)))
-                        both[-1].capacity = capacity
+                        both.append(asyncio.run(loads.online(moments, capacity=capacity)))
                         tell("phi4ray", f"both {number}", **figures(both[-1:]))
-                        if number == last:
-                            time.sleep(5)
-                            spikes["spike on batch"] = asyncio.run(loads.spike())
+                        time.sleep(5)
+                        spikes["spike on batch"] += asyncio.run(loads.spike())
             found.append(tell("phi4ray", "online alone", **figures(alone)))
             found.append(tell("phi4ray", "both", **figures(both)))
             for phase, ttfts in spikes.items():
                 found.append(tell("phi4ray", phase, **quantiles("ttft", ttfts)))
         if "priority" in arguments.sides:
             with loads.vllm():
-                played = asyncio.run(loads.online(loads.moments(0), fill=True))
-                played.capacity = loads.capacity
-                found.append(tell("priority", "both", **figures([played])))
+                played = loads.online(loads.moments(0), capacity=loads.capacity, fill=True)
+                found.append(tell("priority", "both", **figures([asyncio.run(played)])))
     return found
 
 

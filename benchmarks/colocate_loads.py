@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import signal
@@ -22,10 +23,12 @@ from engines import ENGINES, on_gpus, on_ray
 from serve_overhead import NAME, PORT, URL
 from servers import answering
 
+from phi4ray.serve.slack import HarvestConfig
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@dataclass
+@dataclass(frozen=True)
 class Played:
     """What came of a trace."""
 
@@ -41,8 +44,8 @@ class Played:
     """Rows that made way."""
     timings: list[tuple[float, float]]
     """Seconds to its first token and for each further one, of every request."""
-    capacity: float = 0.0
-    """Rows a second that the job has alone."""
+    capacity: float
+    """Rows a second that the job has alone; 0 where there was none."""
 
 
 class Loads:
@@ -58,6 +61,10 @@ class Loads:
         self._answer = answer
         self._folder = folder
         self.capacity: float = arguments.capacity or 0.0
+        told = dict(item.split("=") for item in arguments.set)
+        self._harvest = {"target_tpot_ms": arguments.target_tpot_ms, **told}
+        self._idle_s = HarvestConfig.model_validate(self._harvest).idle_s
+        self._online_at_s = -math.inf
         self._jobs = 0
         self._asked = 0
         self._answered = 0
@@ -86,7 +93,8 @@ class Loads:
         return sum(map(self.metric, names)) / self._tokens
 
     def computed_per_s(self, seconds: float) -> float:
-        """What a job that has just begun reaches when it is under way."""
+        """What a job that has just begun reaches when it is under way and has all to itself."""
+        time.sleep(max(0.0, self._online_at_s + self._idle_s + 1 - time.monotonic()))
         while self.metric("vllm:num_requests_running") < 8:
             time.sleep(0.2)
         time.sleep(seconds / 3)
@@ -106,7 +114,9 @@ class Loads:
                 return moments
             moments.append(at)
 
-    async def online(self, moments: list[float], *, fill: bool = False) -> Played:
+    async def online(
+        self, moments: list[float], *, capacity: float = 0.0, fill: bool = False
+    ) -> Played:
         """Play a trace; with `fill` as many requests of low priority as the engine takes beside."""
         seconds = self._arguments.seconds
         async with client() as session:
@@ -136,7 +146,7 @@ class Loads:
             await asyncio.gather(*fillers, return_exceptions=True)
         return Played(
             seconds=seconds, asked=len(moments), finished=done, batch=total - done,
-            computed=answered / self._tokens, aborted=aborted, timings=timings,
+            computed=answered / self._tokens, aborted=aborted, timings=timings, capacity=capacity,
         )  # fmt: skip
 
     async def spike(self) -> list[float]:
@@ -162,6 +172,7 @@ class Loads:
                     last = time.monotonic()
                     self._answered += tokens + (0 if first else self._tokens - self._answer)
                     first = first or last
+        self._online_at_s = last
         return first - asked, (last - first) / max(1, self._answer - 1)
 
     async def _fill(self, session: aiohttp.ClientSession, number: int) -> None:
@@ -184,11 +195,10 @@ class Loads:
         from cluster.environment import SERVING
         from cluster.local import connected
 
-        harvest = dict(item.split("=") for item in arguments.set)
         config = {
             "engine": {"model": str(self._folder / "model"), "served_model_name": NAME,
                        **on_ray(arguments.engine)},
-            "harvest": {"target_tpot_ms": arguments.target_tpot_ms, **harvest},
+            "harvest": self._harvest,
             "admission": {"queue_timeout_s": 600},
         }  # fmt: skip
         file = self._folder / "serve.yaml"

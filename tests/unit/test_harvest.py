@@ -45,6 +45,11 @@ class Engine:
 
         self.tasks[name] = asyncio.create_task(self.harvest.run(job, tokens, prompt, work))
 
+    async def rows(self, count: int, prompt: float = 0) -> None:
+        for name in names(count):
+            self.row(name, prompt=prompt)
+        await settle(10)
+
     async def end(self, name: str) -> None:
         self.running[name].set()
         assert await self.tasks[name] == name
@@ -78,9 +83,7 @@ class Engine:
 async def beside_an_online_request(rows: int) -> Engine:
     """An engine with so many rows and one online request, whose steps may last 50 ms."""
     engine = Engine(tokens=100_000, target_tpot_ms=50)
-    for name in names(rows):
-        engine.row(name)
-    await settle(10)
+    await engine.rows(rows)
     engine.harvest.step(rows, None, rows)
     await engine.online(10)
     return engine
@@ -93,9 +96,7 @@ def names(count: int) -> list[str]:
 def test_an_idle_replica_is_filled_and_the_next_row_follows_a_finished_one() -> None:
     async def scenario() -> None:
         engine = Engine()
-        for name in names(15):
-            engine.row(name)
-        await settle(10)
+        await engine.rows(15)
         assert sorted(engine.running) == names(12)  # a quarter more than the cache holds
         await engine.end("r03")
         assert "r12" in engine.running
@@ -107,9 +108,7 @@ def test_an_idle_replica_is_filled_and_the_next_row_follows_a_finished_one() -> 
 def test_an_idle_replica_has_few_rows_that_its_engine_has_not_begun() -> None:
     async def scenario() -> None:
         engine = Engine(tokens=100_000, seqs=1000)
-        for name in names(300):
-            engine.row(name)
-        await settle(10)
+        await engine.rows(300)
         assert len(engine.running) == LEAST_AHEAD
         await engine.steps(10, 64, 3.0)
         assert len(engine.running) == LEAST_AHEAD
@@ -125,9 +124,7 @@ def test_an_idle_replica_has_few_rows_that_its_engine_has_not_begun() -> None:
 def test_an_online_request_gets_its_tokens_at_once_and_the_youngest_rows_yield() -> None:
     async def scenario() -> None:
         engine = Engine()
-        for name in names(10):
-            engine.row(name)
-        await settle(10)
+        await engine.rows(10)
         engine.harvest.step(10, None, 10)
         await engine.online(300)
         assert engine.admission.running == 1  # it did not wait
@@ -141,9 +138,7 @@ def test_an_online_request_gets_its_tokens_at_once_and_the_youngest_rows_yield()
 def test_rows_that_an_idle_engine_had_not_begun_make_way_for_the_first_online_request() -> None:
     async def scenario() -> None:
         engine = Engine(tokens=100_000, prefill_tokens=100)
-        for name in names(10):
-            engine.row(name, prompt=60)
-        await settle(10)
+        await engine.rows(10, prompt=60)
         engine.harvest.step(6, None, 6)
         await engine.online(10)
         assert engine.harvest.aborted == 4
@@ -159,9 +154,7 @@ def test_rows_that_an_idle_engine_had_not_begun_make_way_for_the_first_online_re
 def test_rows_that_made_way_go_first_when_there_is_room_again() -> None:
     async def scenario() -> None:
         engine = Engine(reserve_half_life_s=1.0, idle_s=0.0)
-        for name in names(10):
-            engine.row(name)
-        await settle(10)
+        await engine.rows(10)
         engine.harvest.step(10, None, 10)
         finish = await engine.online(600)
         assert sorted(engine.running) == names(3)
@@ -196,9 +189,7 @@ def test_beside_online_requests_a_step_gets_only_so_many_prompt_tokens() -> None
     async def scenario() -> None:
         engine = Engine(tokens=100_000, prefill_tokens=100)
         await engine.online(10)
-        for name in names(6):
-            engine.row(name, prompt=60)
-        await settle(10)
+        await engine.rows(6, prompt=60)
         assert engine.running == {}
         engine.harvest.step(1, None, 1)
         await settle(10)
@@ -220,9 +211,7 @@ def test_no_row_is_handed_over_while_more_online_requests_come_than_usual() -> N
         engine.now += 1
         for _ in range(3):
             await engine.online(500)
-        for name in names(3):
-            engine.row(name, prompt=1000)
-        await settle(10)
+        await engine.rows(3, prompt=1000)
         assert not engine.running
         await engine.steps(20, 4, 0.01)
         assert not engine.running
@@ -275,9 +264,7 @@ def test_rows_that_went_for_a_burst_come_back_when_it_is_over_and_not_in_its_gap
 def test_a_cancelled_row_frees_its_place_whether_it_runs_or_waits() -> None:
     async def scenario() -> None:
         engine = Engine(tokens=100)
-        for name in names(4):
-            engine.row(name)
-        await settle(10)
+        await engine.rows(4)
         assert sorted(engine.running) == names(1)
         engine.tasks["r01"].cancel()
         engine.tasks["r00"].cancel()
@@ -320,9 +307,7 @@ def test_a_row_larger_than_the_cache_goes_alone() -> None:
 def test_a_small_job_gets_its_share_at_once_behind_a_large_one() -> None:
     async def scenario() -> None:
         engine = Engine(tokens=800)
-        for name in names(100):
-            engine.row(name)
-        await settle(10)
+        await engine.rows(100)
         engine.harvest.join("small")
         for n in range(5):
             engine.row(f"s{n}", job="small")
@@ -340,9 +325,7 @@ def test_rows_of_a_lower_priority_yield_first_and_come_last() -> None:
         for n in range(6):
             engine.row(f"low{n}", job="low")
         await settle(10)
-        for name in names(6):
-            engine.row(name)
-        await settle(10)
+        await engine.rows(6)
         assert len(engine.running) == 12
         engine.harvest.step(12, None, 12)
         await engine.online(400)
