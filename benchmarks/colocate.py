@@ -18,9 +18,10 @@ One service, asked in turn:
 
 And, once a round, `--spike` requests in one moment, alone and while the job fills the replica: how
 much later their first tokens come is what it takes to get the KV cache back.
-Throughput counts prompt and answer tokens of what was finished between a phase's begin and end.
-What online traffic leaves is the capacity without the tokens that it had in that time, those of
-requests that were not finished yet included.
+Throughput counts what is finished from the end of the trace's first burst to that of its last one:
+so rows that an idle replica had begun before the trace do not count, and as few are under way at
+the one end as at the other. What online traffic leaves is the capacity without the tokens that it
+had in that time, those of requests that were not finished yet included.
 """
 
 import argparse
@@ -63,6 +64,8 @@ def main() -> None:
     add("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     add("--serve-vllm", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.seconds % arguments.period_s or arguments.seconds == arguments.period_s:
+        parser.error("--seconds must be whole periods, two at least: see above what is counted")
     if arguments.serve_vllm:
         ENGINES[arguments.engine]["engine_args"] = {"scheduling_policy": "priority"}
         serve_vllm(arguments.engine, arguments.serve_vllm)
@@ -156,16 +159,21 @@ def show(found: list[dict[str, Any]]) -> None:
     console.print(table)
     by = {(row["side"], row["phase"]): row for row in found}
     alone = by.get(("phi4ray", "online alone"))
-    for side in ("phi4ray", "priority"):
+    for side in SIDES:
         both = by.get((side, "both"))
         if alone and both and both["capacity"]:
-            left = both["capacity"] - both["online_computed"]
-            console.print(
-                f"{side}: p99 TTFT {both['ttft_p99_ms'] / alone['ttft_p99_ms']:.2f}x, "
-                f"p99 TPOT {both['tpot_p99_ms'] / alone['tpot_p99_ms']:.2f}x of online alone; "
-                f"batch has {both['batch'] / left:.0%} of what is left; "
-                f"total {(both['online'] + both['batch']) / alone['online']:.2f}x of online alone"
-            )
+            console.print(f"{side}: {compared(alone, both)}")
+
+
+def compared(alone: dict[str, Any], both: dict[str, Any]) -> str:
+    """What the goals are for."""
+    left = both["capacity"] - both["online_computed"]
+    return (
+        f"p99 TTFT {both['ttft_p99_ms'] / alone['ttft_p99_ms']:.2f}x, "
+        f"p99 TPOT {both['tpot_p99_ms'] / alone['tpot_p99_ms']:.2f}x of online alone; "
+        f"batch has {both['batch'] / left:.0%} of what is left; "
+        f"total {(both['online'] + both['batch']) / alone['online']:.2f}x of online alone"
+    )
 
 
 if __name__ == "__main__":

@@ -30,22 +30,37 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Played:
-    """What came of a trace."""
+    """What came of a trace: throughput after its first burst, timings of all of it."""
 
     seconds: float
+    """That throughput is counted for."""
     asked: int
     finished: int
-    """Online requests, within the trace's seconds."""
+    """Online requests, in those seconds."""
     computed: float
     """Requests' worth of tokens that online traffic had in that time."""
     batch: float
     """Rows that the job finished in that time."""
     aborted: float
-    """Rows that made way."""
+    """Rows that made way, in the whole trace."""
     timings: list[tuple[float, float]]
     """Seconds to its first token and for each further one, of every request."""
     capacity: float
     """Rows a second that the job has alone; 0 where there was none."""
+
+
+def bursts(
+    number: int, capacity: float, *, seconds: float, base: float = 0.1, burst: float = 1.0,
+    burst_s: float = 8.0, period_s: float = 48.0,
+) -> list[float]:  # fmt: skip
+    """When the requests of a round's trace come, in seconds: see `colocate.py`."""
+    moments, at, chance = [], 0.0, random.Random(4 + number)
+    while True:
+        share = burst if at % period_s > period_s - burst_s else base
+        at += chance.expovariate(share * capacity)
+        if at >= seconds:
+            return moments
+        moments.append(at)
 
 
 class Loads:
@@ -104,30 +119,24 @@ class Loads:
 
     def moments(self, number: int) -> list[float]:
         """When the requests of a round's trace come, in seconds."""
-        arguments, chance = self._arguments, random.Random(4 + number)
-        moments, at = [], 0.0
-        while True:
-            burst = at % arguments.period_s > arguments.period_s - arguments.burst_s
-            share = arguments.burst if burst else arguments.base
-            at += chance.expovariate(share * self.capacity)
-            if at >= arguments.seconds:
-                return moments
-            moments.append(at)
+        asked = self._arguments
+        return bursts(
+            number, self.capacity, seconds=asked.seconds, base=asked.base, burst=asked.burst,
+            burst_s=asked.burst_s, period_s=asked.period_s,
+        )  # fmt: skip
 
     async def online(
         self, moments: list[float], *, capacity: float = 0.0, fill: bool = False
     ) -> Played:
         """Play a trace; with `fill` as many requests of low priority as the engine takes beside."""
-        seconds = self._arguments.seconds
+        seconds, first_s = self._arguments.seconds, self._arguments.period_s
         async with client() as session:
             fillers = [
                 asyncio.create_task(self._fill(session, n))
                 for n in range(ENGINES[self._arguments.engine]["max_num_seqs"] if fill else 0)
             ]
             await asyncio.sleep(self._arguments.alone_s if fill else 1)  # until they are under way
-            aborted = await asyncio.to_thread(self.aborted)
-            before, began = await asyncio.to_thread(self.finished), time.monotonic()
-            answered = self._answered
+            aborted, began = await asyncio.to_thread(self.aborted), time.monotonic()
             timings: list[tuple[float, float]] = []
 
             async def one(moment: float) -> None:
@@ -135,9 +144,12 @@ class Loads:
                 timings.append(await self._ask(session))
 
             asked = [asyncio.create_task(one(moment)) for moment in moments]
+            await asyncio.sleep(began + first_s - time.monotonic())
+            before, first_s = await asyncio.to_thread(self.finished), time.monotonic() - began
+            done, answered = len(timings), self._answered
             await asyncio.sleep(began + seconds - time.monotonic())
-            done, seconds = len(timings), time.monotonic() - began
-            answered = self._answered - answered
+            done, answered = len(timings) - done, self._answered - answered
+            seconds = time.monotonic() - began - first_s
             total = await asyncio.to_thread(self.finished) - before
             aborted = await asyncio.to_thread(self.aborted) - aborted
             await asyncio.gather(*asked)
@@ -145,8 +157,9 @@ class Loads:
                 filler.cancel()
             await asyncio.gather(*fillers, return_exceptions=True)
         return Played(
-            seconds=seconds, asked=len(moments), finished=done, batch=total - done,
-            computed=answered / self._tokens, aborted=aborted, timings=timings, capacity=capacity,
+            seconds=seconds, asked=sum(moment >= first_s for moment in moments), finished=done,
+            batch=total - done, computed=answered / self._tokens, aborted=aborted,
+            timings=timings, capacity=capacity,
         )  # fmt: skip
 
     async def spike(self) -> list[float]:

@@ -24,8 +24,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     # Phi-4-mini at full size: what a service on a CPU would really have.
     "cpu-mini": _CPU | {"load_format": "dummy", "max_num_seqs": 16},
     "h200": _H200,
-    # As on a card of 48 GB: a cache of some 250,000 tokens.
-    "h200-tight": _H200 | {"gpu_memory_utilization": 0.31},
+    # As on a card of 32 GB: a cache of some 120,000 tokens.
+    "h200-tight": _H200 | {"gpu_memory_utilization": 0.21},
     "h200-tp2": _H200 | {"tensor_parallel_size": 2},
 }
 

@@ -65,8 +65,9 @@ _RECIPES = (
             "lookahead_s": 100.0,
             "downscale_delay_s": 120.0,
         },
-        # What online requests have at p99 where they alone fill the card is 49 ms.
-        harvest={"target_tpot_ms": 45.0},
+        # What online requests have at p99 where they alone fill the card is 49 to 59 ms. Steps with
+        # lumps of this size reach the target, while one is on its way (benchmarks/RESULTS.md).
+        harvest={"target_tpot_ms": 50.0, "prefill_tokens": 3072},
     ),
     Recipe(
         name="phi4-bf16-h200",

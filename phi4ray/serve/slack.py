@@ -45,7 +45,7 @@ SHED = 0.5
 """What stays of the sequences, at most, where steps are too long: online traffic that grows will go
 on growing, and a row that stays a little longer costs its step and those after it."""
 
-REST_S = 2.0
+REST_S = 1.0
 """For so long steps must have been short enough after that, before rows are fed again: in a burst
 they would be fed into every gap, and go again."""
 

@@ -206,7 +206,7 @@ def test_in_a_burst_no_row_is_fed_into_its_gaps() -> None:
 def test_after_rows_went_none_are_fed_until_steps_have_been_short_for_some_time() -> None:
     control = StepControl(0.05, 1000)
     control.shrunk()
-    for step_s in [0.04] * 25 + [0.2]:
+    for step_s in [0.04] * 12 + [0.2]:
         control.observe(step_s, 5, 0)
     steps = 0
     while not control.ready():
