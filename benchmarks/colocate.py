@@ -5,6 +5,8 @@
 One service, asked in turn:
 
 * `batch alone`: a batch job on the idle replica; its throughput is the capacity.
+* `online saturated`: as many requests at any time as the engine has places. Each comes by HTTP and
+  is streamed, which is work that a row does not make.
 * `online alone`: a bursty trace, a Poisson process whose rate is `--base` of the capacity and rises
   to `--burst` of it for `--burst-s` seconds each `--period-s`: at the defaults a quarter of the
   capacity in the mean.
@@ -20,8 +22,9 @@ And, once a round, `--spike` requests in one moment, alone and while the job fil
 much later their first tokens come is what it takes to get the KV cache back.
 Throughput counts what is finished from the end of the trace's first burst to that of its last one:
 so rows that an idle replica had begun before the trace do not count, and as few are under way at
-the one end as at the other. What online traffic leaves is the capacity without the tokens that it
-had in that time, those of requests that were not finished yet included.
+the one end as at the other. What online traffic takes are the tokens that it had in that time,
+those of requests that were not finished yet included: so much of what it has when saturated, and by
+tokens so much of what batch has alone. The rest is left.
 """
 
 import argparse
@@ -95,6 +98,8 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     with loads.job():
                         loads.capacity = loads.computed_per_s(arguments.alone_s)
                     tell("phi4ray", "batch alone", batch=loads.capacity)
+                loads.online_capacity = asyncio.run(loads.saturate(arguments.alone_s))
+                tell("phi4ray", "online saturated", online=loads.online_capacity)
                 for number in range(arguments.rounds):
                     moments = loads.moments(number)
                     alone.append(asyncio.run(loads.online(moments)))
@@ -128,6 +133,7 @@ def figures(rounds: list[Played]) -> dict[str, float]:
         "aimed": sum(played.asked for played in rounds) / seconds,
         "made_way": sum(played.aborted for played in rounds),
         "capacity": sum(played.capacity * played.seconds for played in rounds) / seconds,
+        "online_capacity": rounds[0].online_capacity,
         **quantiles("ttft", [ttft for ttft, _ in timings]),
         **quantiles("tpot", [tpot for _, tpot in timings]),
     }
@@ -167,11 +173,13 @@ def show(found: list[dict[str, Any]]) -> None:
 
 def compared(alone: dict[str, Any], both: dict[str, Any]) -> str:
     """What the goals are for."""
-    left = both["capacity"] - both["online_computed"]
+    tokens_left = both["capacity"] - both["online_computed"]
+    left = both["capacity"] * (1 - both["online_computed"] / both["online_capacity"])
     return (
         f"p99 TTFT {both['ttft_p99_ms'] / alone['ttft_p99_ms']:.2f}x, "
         f"p99 TPOT {both['tpot_p99_ms'] / alone['tpot_p99_ms']:.2f}x of online alone; "
-        f"batch has {both['batch'] / left:.0%} of what is left; "
+        f"batch has {both['batch'] / left:.0%} of what is left, "
+        f"{both['batch'] / tokens_left:.0%} by tokens; "
         f"total {(both['online'] + both['batch']) / alone['online']:.2f}x of online alone"
     )
 

@@ -47,6 +47,8 @@ class Played:
     """Seconds to its first token and for each further one, of every request."""
     capacity: float
     """Rows a second that the job has alone; 0 where there was none."""
+    online_capacity: float
+    """Requests a second that online traffic has alone where it waits for the replica only."""
 
 
 def bursts(
@@ -76,6 +78,7 @@ class Loads:
         self._answer = answer
         self._folder = folder
         self.capacity: float = arguments.capacity or 0.0
+        self.online_capacity = 0.0
         told = dict(item.split("=") for item in arguments.set)
         self._harvest = {"target_tpot_ms": arguments.target_tpot_ms, **told}
         self._idle_s = HarvestConfig.model_validate(self._harvest).idle_s
@@ -159,8 +162,28 @@ class Loads:
         return Played(
             seconds=seconds, asked=sum(moment >= first_s for moment in moments), finished=done,
             batch=total - done, computed=answered / self._tokens, aborted=aborted,
-            timings=timings, capacity=capacity,
+            timings=timings, capacity=capacity, online_capacity=self.online_capacity,
         )  # fmt: skip
+
+    async def saturate(self, seconds: float) -> float:
+        """As many requests at any time as the engine has places; gives what it does a second."""
+        async with client() as session:
+
+            async def one_by_one() -> None:
+                while True:
+                    await self._ask(session)
+
+            places = ENGINES[self._arguments.engine]["max_num_seqs"]
+            asking = [asyncio.create_task(one_by_one()) for _ in range(places)]
+            await asyncio.sleep(seconds / 3)
+            before, began = await asyncio.to_thread(self.computed), time.monotonic()
+            await asyncio.sleep(seconds)
+            computed = await asyncio.to_thread(self.computed) - before
+            seconds = time.monotonic() - began
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+        return computed / seconds
 
     async def spike(self) -> list[float]:
         """So many requests in one moment; gives seconds to their first tokens."""

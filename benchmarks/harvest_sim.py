@@ -46,7 +46,7 @@ class Trace:
         self._rows = self._finished = 0
         self._timings: list[tuple[float, float]] = []
 
-    async def play(self, capacity: float) -> Played:
+    async def play(self, capacity: float, online_capacity: float) -> Played:
         workers = [asyncio.ensure_future(self._work()) for _ in range(ROWS if self._batch else 0)]
         await asyncio.sleep(FILLED_S)
         began, aborted = self._loop.time(), self._harvest.aborted
@@ -65,7 +65,7 @@ class Trace:
         return Played(
             seconds=SECONDS - PERIOD_S, asked=sum(moment >= PERIOD_S for moment in self._moments),
             finished=finished, computed=tokens / (PROMPT + ANSWER), batch=rows, aborted=aborted,
-            timings=self._timings, capacity=capacity,
+            timings=self._timings, capacity=capacity, online_capacity=online_capacity,
         )  # fmt: skip
 
     async def _work(self) -> None:
@@ -89,10 +89,11 @@ class Trace:
 
 
 def played(
-    config: HarvestConfig, moments: list[float], *, batch: bool, capacity: float = 0.0
-) -> Played:
+    config: HarvestConfig, moments: list[float], *, batch: bool,
+    capacity: float = 0.0, online_capacity: float = 0.0,
+) -> Played:  # fmt: skip
     async def play() -> Played:
-        return await Trace(config, moments, batch=batch).play(capacity)
+        return await Trace(config, moments, batch=batch).play(capacity, online_capacity)
 
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(play())
@@ -111,13 +112,20 @@ def main() -> None:
     arguments = parser.parse_args()
     one = played(HarvestConfig(), [], batch=True)
     capacity = one.batch / one.seconds
-    print(f"batch alone: {capacity:.1f} rows/s")
+    more = bursts(0, capacity, seconds=SECONDS, base=1.1, burst=1.1)
+    one = played(HarvestConfig(), more, batch=False)
+    online_capacity = one.computed / one.seconds
+    print(f"batch alone: {capacity:.1f} rows/s, online saturated: {online_capacity:.1f} requests/s")
     traces = [bursts(number, capacity, seconds=SECONDS) for number in range(arguments.seeds)]
     alone = figures([played(HarvestConfig(), trace, batch=False) for trace in traces])
     print("online alone:", shown(alone))
     for text in arguments.settings:
         config = settings(text)
-        both = figures([played(config, t, batch=True, capacity=capacity) for t in traces])
+        each = (
+            played(config, trace, batch=True, capacity=capacity, online_capacity=online_capacity)
+            for trace in traces
+        )
+        both = figures(list(each))
         print(f"{text or 'default'}: {shown(both)}\n  {compared(alone, both)}", flush=True)
 
 

@@ -248,6 +248,21 @@ def test_rows_yield_when_steps_get_longer_than_online_requests_may_wait() -> Non
     asyncio.run(scenario())
 
 
+def test_a_row_whose_place_an_online_request_took_comes_back_with_the_next_free_place() -> None:
+    async def scenario() -> None:
+        engine = Engine(tokens=100_000, seqs=10, target_tpot_ms=50)
+        await engine.rows(10)
+        engine.harvest.step(10, None, 10)
+        await engine.online(10)
+        finish = await engine.online(10)
+        assert sorted(engine.running) == names(8)
+        await finish()
+        await engine.steps(1, 9, 0.02)
+        assert sorted(engine.running) == names(9)
+
+    asyncio.run(scenario())
+
+
 def test_rows_that_went_for_a_burst_come_back_when_it_is_over_and_not_in_its_gaps() -> None:
     async def scenario() -> None:
         engine = await beside_an_online_request(4)
