@@ -1,0 +1,29 @@
+"""Online traffic and batch on one replica, with the speeds of an H200, in virtual time."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from phi4ray.recipes import find_recipe
+from phi4ray.serve.slack import HarvestConfig
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def test_with_the_recipe_batch_gets_what_is_left_and_online_requests_hardly_notice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    simulation = importlib.import_module("harvest_sim")
+    config = HarvestConfig.model_validate(find_recipe("phi4-fp8-h200").harvest)
+    full = simulation.played(config, [], batch=True)
+    capacity = full.batch / full.seconds
+    assert capacity == pytest.approx(48.5, rel=0.02)  # rows/s that were measured
+    traces = [simulation.bursts(n, capacity, seconds=simulation.SECONDS) for n in range(2)]
+    alone = simulation.figures([simulation.played(config, t, batch=False) for t in traces])
+    both = simulation.figures([simulation.played(config, t, batch=True) for t in traces])
+    assert both["ttft_p99_ms"] < 1.1 * alone["ttft_p99_ms"]
+    assert both["tpot_p99_ms"] < 1.1 * alone["tpot_p99_ms"]
+    assert both["batch"] > 0.8 * (capacity - both["online_computed"])
+    assert both["online"] + both["batch"] > 3 * alone["online"]
