@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from batch_overhead import prepare
-from colocate_loads import Loads, Played
+from colocate_loads import BASE, BURST, BURST_S, PERIOD_S, Loads, Played
 from engines import ENGINES
 from rich.console import Console
 from rich.table import Table
@@ -56,10 +56,10 @@ def main() -> None:
     add("--rounds", type=int, default=1, help="of online alone and both [1]")
     add("--seconds", type=float, default=96.0, help="of a round's trace [96]")
     add("--alone-s", type=float, default=25.0, help="of batch alone [25]")
-    add("--base", type=float, default=0.1, help="of the capacity, between bursts [0.1]")
-    add("--burst", type=float, default=1.0, help="of the capacity, in bursts [1.0]")
-    add("--burst-s", type=float, default=8.0, help="[8]")
-    add("--period-s", type=float, default=48.0, help="[48]")
+    add("--base", type=float, default=BASE, help="of the capacity, between bursts [0.1]")
+    add("--burst", type=float, default=BURST, help="of the capacity, in bursts [1.0]")
+    add("--burst-s", type=float, default=BURST_S, help="[8]")
+    add("--period-s", type=float, default=PERIOD_S, help="[48]")
     add("--spike", type=int, default=64, help="requests at once [64]")
     add("--capacity", type=float, help="requests a second, if known: skips batch alone")
     add("--target-tpot-ms", type=float, default=50.0, help="harvest.target_tpot_ms [50]")
@@ -96,17 +96,17 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             with loads.service():
                 if arguments.capacity is None:
                     with loads.job():
-                        loads.capacity = loads.computed_per_s(arguments.alone_s)
+                        loads.capacity = loads.job_alone(arguments.alone_s)
                     tell("phi4ray", "batch alone", batch=loads.capacity)
-                loads.online_capacity = asyncio.run(loads.saturate(arguments.alone_s))
-                tell("phi4ray", "online saturated", online=loads.online_capacity)
+                saturated = asyncio.run(loads.saturate(arguments.alone_s))
+                found.append(tell("phi4ray", "online saturated", online=saturated))
                 for number in range(arguments.rounds):
                     moments = loads.moments(number)
                     alone.append(asyncio.run(loads.online(moments)))
                     tell("phi4ray", f"online alone {number}", **figures(alone[-1:]))
                     spikes["spike alone"] += asyncio.run(loads.spike())
                     with loads.job():
-                        capacity = loads.computed_per_s(arguments.alone_s)
+                        capacity = loads.job_alone(arguments.alone_s)
                         both.append(asyncio.run(loads.online(moments, capacity=capacity)))
                         tell("phi4ray", f"both {number}", **figures(both[-1:]))
                         time.sleep(5)
@@ -133,7 +133,6 @@ def figures(rounds: list[Played]) -> dict[str, float]:
         "aimed": sum(played.asked for played in rounds) / seconds,
         "made_way": sum(played.aborted for played in rounds),
         "capacity": sum(played.capacity * played.seconds for played in rounds) / seconds,
-        "online_capacity": rounds[0].online_capacity,
         **quantiles("ttft", [ttft for ttft, _ in timings]),
         **quantiles("tpot", [tpot for _, tpot in timings]),
     }
@@ -168,13 +167,14 @@ def show(found: list[dict[str, Any]]) -> None:
     for side in SIDES:
         both = by.get((side, "both"))
         if alone and both and both["capacity"]:
-            console.print(f"{side}: {compared(alone, both)}")
+            saturated = by["phi4ray", "online saturated"]["online"]
+            console.print(f"{side}: {compared(alone, both, saturated)}")
 
 
-def compared(alone: dict[str, Any], both: dict[str, Any]) -> str:
-    """What the goals are for."""
+def compared(alone: dict[str, Any], both: dict[str, Any], saturated: float) -> str:
+    """What the goals are for. `saturated`: requests a second that online traffic has at most."""
     tokens_left = both["capacity"] - both["online_computed"]
-    left = both["capacity"] * (1 - both["online_computed"] / both["online_capacity"])
+    left = both["capacity"] * (1 - both["online_computed"] / saturated)
     return (
         f"p99 TTFT {both['ttft_p99_ms'] / alone['ttft_p99_ms']:.2f}x, "
         f"p99 TPOT {both['tpot_p99_ms'] / alone['tpot_p99_ms']:.2f}x of online alone; "

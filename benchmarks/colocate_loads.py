@@ -11,10 +11,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import httpx
@@ -23,8 +24,11 @@ from engines import ENGINES, on_gpus, on_ray
 from serve_overhead import NAME, PORT, URL
 from servers import answering
 
+from jobs.flags import pairs
 from phi4ray.serve.slack import HarvestConfig
 
+BASE, BURST, BURST_S, PERIOD_S = 0.1, 1.0, 8.0, 48.0
+"""Of a trace: shares of the capacity between bursts and in them, and how long these last."""
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -47,13 +51,11 @@ class Played:
     """Seconds to its first token and for each further one, of every request."""
     capacity: float
     """Rows a second that the job has alone; 0 where there was none."""
-    online_capacity: float
-    """Requests a second that online traffic has alone where it waits for the replica only."""
 
 
 def bursts(
-    number: int, capacity: float, *, seconds: float, base: float = 0.1, burst: float = 1.0,
-    burst_s: float = 8.0, period_s: float = 48.0,
+    number: int, capacity: float, *, seconds: float, base: float = BASE, burst: float = BURST,
+    burst_s: float = BURST_S, period_s: float = PERIOD_S,
 ) -> list[float]:  # fmt: skip
     """When the requests of a round's trace come, in seconds: see `colocate.py`."""
     moments, at, chance = [], 0.0, random.Random(4 + number)
@@ -63,6 +65,18 @@ def bursts(
         if at >= seconds:
             return moments
         moments.append(at)
+
+
+@asynccontextmanager
+async def under_way(works: Iterator[Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
+    """Have works that have no end go on for as long as the block lasts."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class Loads:
@@ -78,8 +92,8 @@ class Loads:
         self._answer = answer
         self._folder = folder
         self.capacity: float = arguments.capacity or 0.0
-        self.online_capacity = 0.0
-        told = dict(item.split("=") for item in arguments.set)
+        self._places: int = ENGINES[arguments.engine]["max_num_seqs"]
+        told = pairs("--set", arguments.set)
         self._harvest = {"target_tpot_ms": arguments.target_tpot_ms, **told}
         self._idle_s = HarvestConfig.model_validate(self._harvest).idle_s
         self._online_at_s = -math.inf
@@ -110,11 +124,15 @@ class Loads:
         names = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
         return sum(map(self.metric, names)) / self._tokens
 
-    def computed_per_s(self, seconds: float) -> float:
-        """What a job that has just begun reaches when it is under way and has all to itself."""
+    def job_alone(self, seconds: float) -> float:
+        """Rows a second that a job which has just begun reaches when it has all to itself."""
         time.sleep(max(0.0, self._online_at_s + self._idle_s + 1 - time.monotonic()))
         while self.metric("vllm:num_requests_running") < 8:
             time.sleep(0.2)
+        return self._computed_per_s(seconds)
+
+    def _computed_per_s(self, seconds: float) -> float:
+        """Of a load that has just begun, when it is under way."""
         time.sleep(seconds / 3)
         before, began = self.computed(), time.monotonic()
         time.sleep(seconds)
@@ -133,11 +151,11 @@ class Loads:
     ) -> Played:
         """Play a trace; with `fill` as many requests of low priority as the engine takes beside."""
         seconds, first_s = self._arguments.seconds, self._arguments.period_s
-        async with client() as session:
-            fillers = [
-                asyncio.create_task(self._fill(session, n))
-                for n in range(ENGINES[self._arguments.engine]["max_num_seqs"] if fill else 0)
-            ]
+        fillers = self._places if fill else 0
+        async with (
+            client() as session,
+            under_way(self._fill(session, number) for number in range(fillers)),
+        ):
             await asyncio.sleep(self._arguments.alone_s if fill else 1)  # until they are under way
             aborted, began = await asyncio.to_thread(self.aborted), time.monotonic()
             timings: list[tuple[float, float]] = []
@@ -156,34 +174,24 @@ class Loads:
             total = await asyncio.to_thread(self.finished) - before
             aborted = await asyncio.to_thread(self.aborted) - aborted
             await asyncio.gather(*asked)
-            for filler in fillers:
-                filler.cancel()
-            await asyncio.gather(*fillers, return_exceptions=True)
         return Played(
             seconds=seconds, asked=sum(moment >= first_s for moment in moments), finished=done,
             batch=total - done, computed=answered / self._tokens, aborted=aborted,
-            timings=timings, capacity=capacity, online_capacity=self.online_capacity,
+            timings=timings, capacity=capacity,
         )  # fmt: skip
 
     async def saturate(self, seconds: float) -> float:
-        """As many requests at any time as the engine has places; gives what it does a second."""
-        async with client() as session:
+        """As many requests at any time as the engine has places; gives how many a second."""
 
-            async def one_by_one() -> None:
-                while True:
-                    await self._ask(session)
+        async def one_by_one(session: aiohttp.ClientSession) -> None:
+            while True:
+                await self._ask(session)
 
-            places = ENGINES[self._arguments.engine]["max_num_seqs"]
-            asking = [asyncio.create_task(one_by_one()) for _ in range(places)]
-            await asyncio.sleep(seconds / 3)
-            before, began = await asyncio.to_thread(self.computed), time.monotonic()
-            await asyncio.sleep(seconds)
-            computed = await asyncio.to_thread(self.computed) - before
-            seconds = time.monotonic() - began
-            for task in asking:
-                task.cancel()
-            await asyncio.gather(*asking, return_exceptions=True)
-        return computed / seconds
+        async with (
+            client() as session,
+            under_way(one_by_one(session) for _ in range(self._places)),
+        ):
+            return await asyncio.to_thread(self._computed_per_s, seconds)
 
     async def spike(self) -> list[float]:
         """So many requests in one moment; gives seconds to their first tokens."""

@@ -12,15 +12,16 @@ import argparse
 import asyncio
 
 from colocate import compared, figures
-from colocate_loads import Played, bursts
+from colocate_loads import PERIOD_S, Played, bursts, under_way
 from simulated_replica import Replica, Request, Speed, VirtualLoop
 
+from jobs.flags import pairs
 from phi4ray.serve.admission import Admission, AdmissionConfig
 from phi4ray.serve.harvest import Harvest
 from phi4ray.serve.slack import HarvestConfig
 
 PROMPT, ANSWER = 512, 128
-PERIOD_S, SECONDS = 48.0, 96.0
+SECONDS = 2 * PERIOD_S
 FILLED_S = 40.0
 """For so long the job has the replica to itself before."""
 ROWS = 2000
@@ -46,26 +47,23 @@ class Trace:
         self._rows = self._finished = 0
         self._timings: list[tuple[float, float]] = []
 
-    async def play(self, capacity: float, online_capacity: float) -> Played:
-        workers = [asyncio.ensure_future(self._work()) for _ in range(ROWS if self._batch else 0)]
-        await asyncio.sleep(FILLED_S)
-        began, aborted = self._loop.time(), self._harvest.aborted
-        asked = [asyncio.ensure_future(self._ask(began + moment)) for moment in self._moments]
-        await asyncio.sleep(PERIOD_S)
-        rows, finished, tokens = self._rows, self._finished, self._replica.online_tokens
-        await asyncio.sleep(SECONDS - PERIOD_S)
-        rows, finished = self._rows - rows, self._finished - finished
-        tokens = self._replica.online_tokens - tokens
-        aborted = self._harvest.aborted - aborted
-        await asyncio.gather(*asked)
-        for worker in workers:
-            worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
+    async def play(self, capacity: float) -> Played:
+        async with under_way(self._work() for _ in range(ROWS if self._batch else 0)):
+            await asyncio.sleep(FILLED_S)
+            began, aborted = self._loop.time(), self._harvest.aborted
+            asked = [asyncio.ensure_future(self._ask(began + moment)) for moment in self._moments]
+            await asyncio.sleep(PERIOD_S)
+            rows, finished, tokens = self._rows, self._finished, self._replica.online_tokens
+            await asyncio.sleep(SECONDS - PERIOD_S)
+            rows, finished = self._rows - rows, self._finished - finished
+            tokens = self._replica.online_tokens - tokens
+            aborted = self._harvest.aborted - aborted
+            await asyncio.gather(*asked)
         self._replica.stop()
         return Played(
             seconds=SECONDS - PERIOD_S, asked=sum(moment >= PERIOD_S for moment in self._moments),
             finished=finished, computed=tokens / (PROMPT + ANSWER), batch=rows, aborted=aborted,
-            timings=self._timings, capacity=capacity, online_capacity=online_capacity,
+            timings=self._timings, capacity=capacity,
         )  # fmt: skip
 
     async def _work(self) -> None:
@@ -89,18 +87,13 @@ class Trace:
 
 
 def played(
-    config: HarvestConfig, moments: list[float], *, batch: bool,
-    capacity: float = 0.0, online_capacity: float = 0.0,
-) -> Played:  # fmt: skip
+    config: HarvestConfig, moments: list[float], *, batch: bool, capacity: float = 0.0
+) -> Played:
     async def play() -> Played:
-        return await Trace(config, moments, batch=batch).play(capacity, online_capacity)
+        return await Trace(config, moments, batch=batch).play(capacity)
 
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(play())
-
-
-def settings(text: str) -> HarvestConfig:
-    return HarvestConfig.model_validate(dict(item.split("=") for item in text.split(",") if item))
 
 
 def main() -> None:
@@ -114,19 +107,17 @@ def main() -> None:
     capacity = one.batch / one.seconds
     more = bursts(0, capacity, seconds=SECONDS, base=1.1, burst=1.1)
     one = played(HarvestConfig(), more, batch=False)
-    online_capacity = one.computed / one.seconds
-    print(f"batch alone: {capacity:.1f} rows/s, online saturated: {online_capacity:.1f} requests/s")
+    saturated = one.computed / one.seconds
+    print(f"batch alone: {capacity:.1f} rows/s, online saturated: {saturated:.1f} requests/s")
     traces = [bursts(number, capacity, seconds=SECONDS) for number in range(arguments.seeds)]
     alone = figures([played(HarvestConfig(), trace, batch=False) for trace in traces])
     print("online alone:", shown(alone))
     for text in arguments.settings:
-        config = settings(text)
-        each = (
-            played(config, trace, batch=True, capacity=capacity, online_capacity=online_capacity)
-            for trace in traces
-        )
-        both = figures(list(each))
-        print(f"{text or 'default'}: {shown(both)}\n  {compared(alone, both)}", flush=True)
+        items = text.split(",") if text else []
+        config = HarvestConfig.model_validate(pairs("settings", items))
+        both = figures([played(config, t, batch=True, capacity=capacity) for t in traces])
+        shares = compared(alone, both, saturated)
+        print(f"{text or 'default'}: {shown(both)}\n  {shares}", flush=True)
 
 
 def shown(row: dict[str, float]) -> str:
