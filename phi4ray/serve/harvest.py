@@ -7,7 +7,6 @@ and only the work of the youngest is lost.
 
 import asyncio
 import itertools
-import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -201,7 +200,7 @@ class Harvest:
     def _shrink(self, room: Slack) -> None:
         """Abort down to where rows are handed over, or the next request would abort again."""
         least = 0 if self._online() else 1
-        if self._control.keep < math.inf:  # else steps are fine, and only a place or tokens lack
+        if self._control.must_shed:  # else only a place or tokens lack
             self._control.shrunk()
         for row in sorted(self._rows, key=lambda row: (-row.priority, -row.begun)):
             if self.rows <= least or (self.tokens <= room.tokens and self.rows <= room.sequences):

@@ -220,9 +220,14 @@ class StepControl:
         self._lump_tokens = max(LEAST_TOKENS, min(self._most_tokens, change * self._lump_tokens))
 
     @property
+    def must_shed(self) -> bool:
+        """Whether steps are so long that rows must go."""
+        return self._excess > EXCESS_STEPS
+
+    @property
     def keep(self) -> float:
         """Sequences, online ones included, that may stay."""
-        if self._excess <= EXCESS_STEPS:
+        if not self.must_shed:
             return math.inf
         return self._sequences / self._steps * min(SHED, 1 / self._too_long)
 
