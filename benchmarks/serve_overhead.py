@@ -6,11 +6,6 @@ The same engine arguments on both sides, one after the other, in turns. Two load
 (all requests at once, so many at a time as `--concurrency`) for throughput, and `light` (requests
 by a Poisson clock, `--rate` a second) for the time to the first token. The medians of the rounds
 are compared.
-
-On a few cores outside of containers, Linux's autogroups come into it: the server's processes are
-one group and the client is another, and with an engine that spins while it waits the client may
-starve, more or less of it by chance. `sysctl kernel.sched_autogroup_enabled=0` has all of them
-scheduled as equals, as in a pod.
 """
 
 import argparse
@@ -31,7 +26,6 @@ from rich.table import Table
 from servers import answering
 
 ROOT = Path(__file__).resolve().parent.parent
-AUTOGROUPS = Path("/proc/sys/kernel/sched_autogroup_enabled")
 PORT = 8123
 URL = f"http://127.0.0.1:{PORT}"
 SIDES = ("vllm", "phi4ray")
@@ -59,8 +53,6 @@ def main() -> None:
     elif arguments.bench:
         bench(arguments.bench)
     else:
-        if AUTOGROUPS.exists() and AUTOGROUPS.read_text().strip() != "0":
-            print("autogroups are on: see --help", file=sys.stderr)
         show(measure(arguments))
 
 
