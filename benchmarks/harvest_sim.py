@@ -32,7 +32,9 @@ JOB = "batch"
 class Trace:
     """One that is played on a replica which, with `batch`, a job has had to itself for a while."""
 
-    def __init__(self, config: HarvestConfig, moments: list[float], *, batch: bool) -> None:
+    def __init__(
+        self, config: HarvestConfig, moments: list[float], *, batch: bool, answer_tokens: int
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         speed = Speed()
         self._admission = Admission(
@@ -44,6 +46,7 @@ class Trace:
         self._replica = Replica(speed, self._harvest.step)
         self._moments = moments
         self._batch = batch
+        self._answer_tokens = answer_tokens
         self._rows = self._finished = 0
         self._timings: list[tuple[float, float]] = []
 
@@ -67,12 +70,13 @@ class Trace:
         )  # fmt: skip
 
     async def _work(self) -> None:
-        """One row after the other; a prompt that made way is still in the engine's cache."""
+        """One row after the other."""
         while True:
-            row = Request(PROMPT, ANSWER)
+            row = Request(PROMPT, self._answer_tokens)
             await self._harvest.run(
-                JOB, PROMPT + ANSWER, PROMPT, lambda row=row: self._replica.answer(row)
-            )
+                JOB, PROMPT + self._answer_tokens, PROMPT,
+                lambda row=row: self._replica.answer(row),
+            )  # fmt: skip
             self._rows += 1
 
     async def _ask(self, at_s: float) -> None:
@@ -87,10 +91,14 @@ class Trace:
 
 
 def played(
-    config: HarvestConfig, moments: list[float], *, batch: bool, capacity: float = 0.0
-) -> Played:
+    config: HarvestConfig, moments: list[float], *, batch: bool, capacity: float = 0.0,
+    answer_tokens: int = ANSWER,
+) -> Played:  # fmt: skip
+    """One trace; `answer_tokens` are those of the job's rows."""
+
     async def play() -> Played:
-        return await Trace(config, moments, batch=batch).play(capacity)
+        trace = Trace(config, moments, batch=batch, answer_tokens=answer_tokens)
+        return await trace.play(capacity)
 
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(play())

@@ -63,7 +63,9 @@ class Replica(Protocol):
 
     Contract, checked by `tests/contract/test_replica.py` against every implementation:
     `complete` never raises for a bad request (it answers 4xx); it raises `EngineDeadError` when
-    the engine is gone, and nothing after that works. Cancelling `complete` frees its KV tokens.
+    the engine is gone, and nothing after that works. Cancelling `complete` frees its KV tokens;
+    asked again as the same `phi4ray.preemption.Preemptible`, it gives the same answer as if it had
+    not been, and sooner where it can.
     """
 
     async def start(self) -> None:

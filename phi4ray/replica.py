@@ -38,6 +38,7 @@ from phi4ray import amx, engine_log
 from phi4ray.config import Endpoint, EngineConfig
 from phi4ray.errors import ConfigError, EngineDeadError, EngineStartError
 from phi4ray.pauses import in_turns, rare_collections
+from phi4ray.preemption import going_on
 from phi4ray.protocol import Answer, Json, KVState, refusal
 
 try:
@@ -115,6 +116,8 @@ class VllmReplica:
             )
         client: Any = engine.engine_core
         client.get_output_async = in_turns(client.get_output_async)
+        states = engine.output_processor.request_states
+        client.add_request_async = going_on(states, client.add_request_async)
         tasks = await engine.get_supported_tasks()
         # A library below it sets the root logger to this, and to errors only if there is none.
         os.environ.setdefault("SAGEMAKER_CONTAINER_LOG_LEVEL", str(logging.root.level))

@@ -1,8 +1,8 @@
 """Batch rows on a replica that serves online traffic: in its slack, and out of the way at once.
 
 Each replica decides for itself, whenever a request comes or goes and at every step of its engine.
-A row that must make way is aborted, and goes first when there is room again: rows are idempotent,
-and only the work of the youngest is lost.
+A row that must make way is aborted, and goes first when there is room again: what it has generated
+is a part of its prompt then (`phi4ray.preemption`), which the engine's prefix cache mostly holds.
 """
 
 import asyncio
@@ -15,7 +15,14 @@ from typing import Any, TypeVar
 from phi4ray.serve.admission import Admission
 from phi4ray.serve.fair import FairQueue
 from phi4ray.serve.rate import Rate
-from phi4ray.serve.slack import HarvestConfig, RecentPeak, Slack, StepControl, slack
+from phi4ray.serve.slack import (
+    CACHED_TOKENS,
+    HarvestConfig,
+    RecentPeak,
+    Slack,
+    StepControl,
+    slack,
+)
 
 T = TypeVar("T")
 
@@ -29,6 +36,8 @@ class _Row:
     prompt_tokens: float
     wake: asyncio.Future[None]
     begun: int = 0
+    cached_until: float | None = None
+    """When the engine has been given so many tokens, its cache no longer holds this row."""
     task: "asyncio.Future[Any] | None" = None
 
 
@@ -57,10 +66,12 @@ class Harvest:
         self._rows: set[_Row] = set()
         self._numbers = itertools.count()
         self._begun = itertools.count()
+        self._given_tokens = 0.0
+        """Of KV cache, to whatever came, since start."""
         self._online_at_s: float | None = None
         self._idle = True
         admission.on_change = self.update
-        admission.on_arrival = self._arriving.add
+        admission.on_arrival = self._arrived
 
     def _new_control(self) -> StepControl:
         return StepControl(self.config.target_tpot_ms / 1e3, self.config.prefill_tokens)
@@ -147,6 +158,10 @@ class Harvest:
             self._queue.pop(row.tokens)
             self._begin(row)
 
+    def _arrived(self, tokens: float, now_s: float) -> None:
+        self._arriving.add(tokens, now_s)
+        self._given_tokens += tokens
+
     def _online(self) -> bool:
         return self._admission.running > 0 or self._admission.crowded
 
@@ -162,11 +177,11 @@ class Harvest:
         idle = since_s is None or now - since_s > self.config.idle_s
         if self._idle and not idle:
             unseen = sorted(filter(self._control.awaits, self._rows), key=lambda row: row.begun)
-            self._control = self._new_control()  # steps of a full engine tell nothing
             # The engine would begin them in few and long steps, for which online requests wait. No
             # work is lost, and they come again as the new control lets them.
             for row in unseen:
                 self._abort(row)
+            self._control = self._new_control()  # steps of a full engine tell nothing
         self._idle = idle
         return slack(
             self.config,
@@ -184,8 +199,16 @@ class Harvest:
         row.begun = next(self._begun)
         self._rows.add(row)
         self.tokens += row.tokens
-        self._control.feed(row, row.prompt_tokens)
+        self._control.feed(row, self._to_compute(row))
+        self._given_tokens += row.tokens
         row.wake.set_result(None)
+
+    def _to_compute(self, row: _Row) -> float:
+        if row.cached_until is None:
+            return row.prompt_tokens
+        # What is gone from the cache may be all of a row that had nearly ended.
+        cached = self._given_tokens < row.cached_until
+        return min(CACHED_TOKENS, row.tokens) if cached else row.tokens
 
     def _give_back(self, row: _Row) -> None:
         if row in self._rows:
@@ -208,7 +231,12 @@ class Harvest:
             self._abort(row)
 
     def _abort(self, row: _Row) -> None:
+        begun = not self._control.awaits(row)
         self._remove(row)
+        if begun:
+            # Freed blocks are taken again in the order in which they were freed.
+            free = self._admission.capacity_tokens - self._admission.used_tokens - self.tokens
+            row.cached_until = self._given_tokens + free - row.tokens
         self._queue.refund(row.job, row.tokens)
         self.aborted += 1
         if row.task is not None:

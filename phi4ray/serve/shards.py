@@ -19,6 +19,7 @@ from phi4ray.batch.worker import ShardWorker, WorkerStats, storage_retry
 from phi4ray.config import Endpoint, EngineConfig
 from phi4ray.demand import Lengths, max_tokens_of, prompt_of, prompt_token_ids
 from phi4ray.errors import ClusterError, EngineDeadError, Phi4rayError, PlanMismatchError
+from phi4ray.preemption import Preemptible
 from phi4ray.protocol import Answer, Json, KVState, Replica
 from phi4ray.serve.harvest import Harvest
 from phi4ray.storage import join, storage_for
@@ -47,9 +48,11 @@ class HarvestedReplica:
         chars, ids = len(prompt_of(body)), prompt_token_ids(body)
         demand = partial(self._lengths.demand, 0 if ids else chars, prompt_tokens=ids)
         body = {**body, "priority": BATCH_PRIORITY}
+        row = Preemptible()
 
         async def work() -> Answer:
-            return await within(self._timeout_s, self._replica.complete(endpoint, body))
+            with row.asked():
+                return await within(self._timeout_s, self._replica.complete(endpoint, body))
 
         answer = await self._harvest.run(self._job, demand(max_tokens_of(body)), demand(0), work)
         usage: Json = answer.body.get("usage") or {}

@@ -68,6 +68,10 @@ LEAST_AHEAD = 64.0
 BEGUN_FADES = 0.995
 """What the most rows that a step began count, each step, of what they did."""
 
+CACHED_TOKENS = 128.0
+"""What a row counts of a lump if the engine's cache holds it: there is next to nothing of it to be
+computed, but it is one more sequence in the steps to come."""
+
 
 class HarvestConfig(Config):
     """How batch rows share a replica with online requests."""

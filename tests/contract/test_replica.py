@@ -22,6 +22,7 @@ from phi4ray.config import Endpoint, EngineConfig
 from phi4ray.engines import make_replica
 from phi4ray.errors import EngineDeadError, EngineStartError
 from phi4ray.orphans import MARK, kill_orphans
+from phi4ray.preemption import Preemptible
 from phi4ray.protocol import Answer, Json, OnlineReplica
 from phi4ray.train.tiny import make_tiny_model
 from tests.processes import lives
@@ -244,6 +245,112 @@ def test_an_abandoned_request_frees_its_tokens(running: Running) -> None:
     running.run(abandon())
     running.ask(COMPLETIONS, prompt="hi", max_tokens=1)
     assert running.replica.kv().running <= 1
+
+
+class Interruptions:
+    """Asks one request, cancels it after some tokens, and asks it again; counts the tokens."""
+
+    def __init__(self, running: Running, **body: Any) -> None:
+        self.generated = 0
+        self.interrupted = 0
+        self._replica = running.replica
+        self._body = {"model": running.model, **body}
+        self._tokens = asyncio.Event()
+
+    async def answer(self, *after_tokens: int) -> Json:
+        """Its answer, with an interruption after so many more tokens each time."""
+        request = Preemptible()
+        self._replica.on_step = self._step
+        try:
+            for tokens in after_tokens:
+                self._tokens, self._wanted = asyncio.Event(), self.generated + tokens
+                task = asyncio.create_task(self._ask(request))
+                seen = asyncio.create_task(self._tokens.wait())
+                await asyncio.wait([task, seen], return_when=asyncio.FIRST_COMPLETED)
+                for one in (task, seen):
+                    one.cancel()
+                await asyncio.gather(task, seen, return_exceptions=True)
+                self.interrupted += task.cancelled()
+            answer = await self._ask(request)
+        finally:
+            self._replica.on_step = None
+        assert answer.status == 200, answer.body
+        return answer.body
+
+    async def _ask(self, request: Preemptible) -> Answer:
+        with request.asked():
+            return await self._replica.complete(COMPLETIONS, self._body)
+
+    def _step(self, _running: int, _length_s: float | None, _begun: int) -> None:
+        self.generated += 1
+        if self.generated >= self._wanted:
+            self._tokens.set()
+
+
+def test_a_request_that_made_way_has_the_answer_that_it_would_have_had(running: Running) -> None:
+    body: Json = {"prompt": "Once upon a time", "max_tokens": 40, "temperature": 0.0}
+    body |= {"ignore_eos": True, "min_tokens": 30, "logprobs": 1}
+    _, whole = running.ask(COMPLETIONS, **body)
+    request = Interruptions(running, **body)
+    answer = running.run(request.answer(7, 1, 20))
+    assert answer["usage"] == whole["usage"]
+    assert answer["choices"][0]["text"] == whole["choices"][0]["text"]
+    assert answer["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
+    if running.kind == "vllm":  # the fake's answers come in one step
+        assert request.interrupted == 3
+        # One may have been on its way to this process at each interruption.
+        assert 40 <= request.generated <= 43
+        tokens, wholes = (one["choices"][0]["logprobs"]["tokens"] for one in (answer, whole))
+        assert tokens == wholes
+
+
+@pytest.mark.engine
+def test_an_answer_ends_where_it_is_to_stop_though_half_of_that_came_before(
+    running: Running,
+) -> None:
+    body: Json = {"prompt": "Once upon a time", "max_tokens": 40, "temperature": 0.0}
+    if running.kind == "fake":
+        pytest.skip("its answers come in one step")
+    _, whole = running.ask(COMPLETIONS, ignore_eos=True, logprobs=1, **body)
+    tokens = whole["choices"][0]["logprobs"]["tokens"]
+    begins = next(n for n in range(3, 39) if "".join(tokens[n : n + 2]).isascii()
+                  and "".join(tokens[n : n + 2]) not in "".join(tokens[: n + 1]))  # fmt: skip
+    stop = "".join(tokens[begins : begins + 2])
+    request = Interruptions(running, ignore_eos=True, stop=[stop], **body)
+    answer = running.run(request.answer(begins + 1))
+    assert request.interrupted == 1
+    assert answer["choices"][0]["text"] == "".join(tokens[:begins])
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == begins + 2
+
+
+@pytest.mark.parametrize("look_back", [{"n": 2}, {"seed": 7}, {"presence_penalty": 0.5}])
+def test_a_request_that_made_way_starts_over_where_a_rest_is_not_the_same(
+    running: Running, look_back: Json
+) -> None:
+    body: Json = {"prompt": "Once upon a time", "max_tokens": 20, "ignore_eos": True}
+    request = Interruptions(running, **body, **look_back)
+    answer = running.run(request.answer(10))
+    if running.kind == "vllm":
+        assert request.interrupted == 1
+        assert request.generated >= 30
+        assert answer["usage"]["completion_tokens"] == 20 * look_back.get("n", 1)
+        assert [choice["index"] for choice in answer["choices"]] == [*range(look_back.get("n", 1))]
+
+
+def test_another_request_does_not_go_on_where_one_was(running: Running) -> None:
+    async def ask() -> Json:
+        request = Preemptible()
+        body: Json = {"model": running.model, "temperature": 0.0, "max_tokens": 30}
+        with request.asked():
+            await asyncio.wait_for(
+                running.replica.complete(COMPLETIONS, body | {"prompt": "One"}), 60
+            )
+            answer = await running.replica.complete(COMPLETIONS, body | {"prompt": "Two"})
+        return answer.body["choices"][0]
+
+    _, whole = running.ask(COMPLETIONS, prompt="Two", max_tokens=30, temperature=0.0)
+    assert running.run(ask()) == whole["choices"][0]
 
 
 def test_a_request_that_takes_too_long_is_no_answer_but_a_timeout(running: Running) -> None:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -272,6 +273,32 @@ def test_rows_that_went_for_a_burst_come_back_when_it_is_over_and_not_in_its_gap
         assert not engine.running
         await engine.steps(200, 1, 0.02)
         assert sorted(engine.running) == names(4)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("came_tokens", [100, 6000])
+def test_rows_that_made_way_count_little_of_a_step_while_the_cache_still_holds_them(
+    came_tokens: int,
+) -> None:
+    async def scenario() -> None:
+        engine = Engine(tokens=10_000, seqs=10, prefill_tokens=1000, reserve_half_life_s=0.1)
+        for name in names(10):
+            engine.row(name, tokens=600, prompt=500)
+        await settle(10)
+        engine.harvest.step(10, None, 10)
+        assert sorted(engine.running) == names(10)
+        ends = [await engine.online(10) for _ in range(4)]
+        assert sorted(engine.running) == names(6)
+        for end in ends:
+            await end()
+        await (await engine.online(came_tokens))()
+        engine.now += 10
+        engine.begun.clear()
+        engine.harvest.step(6, 0.001, 0)
+        await settle(10)
+        # Of 1,000 tokens: all four, or what two prompts take.
+        assert engine.begun == names(10)[6:][: 4 if came_tokens < 4000 else 2]
 
     asyncio.run(scenario())
 
