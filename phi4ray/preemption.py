@@ -21,7 +21,8 @@ _CARRIED = frozenset({
     "spaces_between_special_tokens", "output_kind", "output_text_buffer_length", "skip_clone",
 })  # fmt: skip
 """Parameters that mean the same for the rest of an answer as for all of it. Others look back at
-where it began, as `seed`, `presence_penalty` and grammars do, or are not known here."""
+where it began, as `presence_penalty` and grammars do, and `seed` unless all is greedy, or are not
+known here."""
 
 _FINAL_ONLY = "FINAL_ONLY"
 """vLLM's kind of output for what is not streamed: nobody has seen a part of it yet."""
@@ -96,7 +97,8 @@ def _can_go_on(request: Any) -> bool:
     if request.mm_features or params.output_kind.name != _FINAL_ONLY or params.max_tokens is None:
         return False
     usual = type(params)()
-    others = (name for name in params.__struct_fields__ if name not in _CARRIED and name[0] != "_")
+    carried = _CARRIED | ({"seed"} if params.temperature == 0 else set())
+    others = (name for name in params.__struct_fields__ if name not in carried and name[0] != "_")
     return all(
         getattr(params, name) is False or getattr(params, name) == getattr(usual, name)
         for name in others
