@@ -55,6 +55,16 @@ def on_ray(engine: str) -> dict[str, Any]:
     return ENGINES[engine] | ({} if on_gpus(engine) else {"num_gpus": 0})
 
 
+def as_in_recipes(engine: str) -> dict[str, Any]:
+    """An engine's settings with what the recipes for its machine add: on CPUs one thread computes in
+    the engine's own process. vLLM's default is a process for it, beside which the other one spins
+    while it waits, and so takes one of two cores from whatever serves."""
+    if on_gpus(engine):
+        return ENGINES[engine]
+    recipe = find_recipe("tiny-cpu").settings["engine"]
+    return ENGINES[engine] | {"engine_args": recipe["engine_args"], "env": recipe["env"]}
+
+
 def bare_arguments(engine: str) -> dict[str, Any]:
     """An engine's arguments where vLLM is asked directly, with what replicas add by themselves."""
     added = {} if on_gpus(engine) else {"worker_extension_cls": WORKER_EXTENSION}

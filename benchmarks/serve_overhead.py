@@ -2,7 +2,7 @@
 
     python benchmarks/serve_overhead.py --engine cpu --repeat 3
 
-The same engine arguments on both sides, one after the other, in turns. Two loads: `saturation`
+The same engine arguments on both sides, those of our recipes, one after the other, in turns. Two loads: `saturation`
 (all requests at once, so many at a time as `--concurrency`) for throughput, and `light` (requests
 by a Poisson clock, `--rate` a second) for the time to the first token. The medians of the rounds
 are compared.
@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from engines import ENGINES, make_model, on_ray
+from engines import ENGINES, as_in_recipes, make_model, on_ray
 from rich.console import Console
 from rich.table import Table
 from servers import answering
@@ -108,13 +108,15 @@ def running(side: str, engine: str, model: str, replicas: int = 1) -> Iterator[N
     if side == "vllm":
         command = [sys.executable, __file__, "--engine", engine, "--serve-vllm", model]
     else:
-        pairs = [f"{key}={value}" for key, value in on_ray(engine).items()]
+        arguments = on_ray(engine) | as_in_recipes(engine)
+        arguments |= arguments.pop("engine_args", {})
+        pairs = [f"{key}={value}" for key, value in arguments.items()]
         command = [
             sys.executable, str(ROOT / "jobs" / "serve.py"), "--model", model, "--port", str(PORT),
             "--served-model-name", NAME, "--min-replicas", str(replicas),
             "--max-replicas", str(replicas), "--engine-arg", *pairs,
         ]  # fmt: skip
-    with answering(command, URL, dict(os.environ)):
+    with answering(command, URL, os.environ | as_in_recipes(engine).get("env", {})):
         yield
 
 
@@ -132,7 +134,10 @@ def serve_vllm(engine: str, model: Path) -> None:
 
     args = server_args(
         EngineConfig(
-            model=str(model), served_model_name=NAME, disable_log_stats=False, **ENGINES[engine]
+            model=str(model),
+            served_model_name=NAME,
+            disable_log_stats=False,
+            **as_in_recipes(engine),
         )
     )
     args.host, args.port, args.disable_uvicorn_access_log = "127.0.0.1", PORT, True

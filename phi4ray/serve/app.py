@@ -43,7 +43,9 @@ class OnlineApp:
             capacity_tokens=kv.capacity_tokens,
             max_num_seqs=kv.max_num_seqs,
         )
-        self.harvest = Harvest(config.harvest, self.admission)
+        self.harvest = Harvest(
+            config.harvest, self.admission, prefix_caching=config.engine.enable_prefix_caching
+        )
         replica.on_step = self.harvest.step
         metrics.watch(self.admission, self.harvest)
         self.sleeper: Sleeper | None = None

@@ -49,6 +49,7 @@ class Harvest:
         config: HarvestConfig,
         admission: Admission,
         *,
+        prefix_caching: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
@@ -57,6 +58,7 @@ class Harvest:
         self.aborted = 0
         """Rows that made way since start."""
         self._admission = admission
+        self._prefix_caching = prefix_caching
         self._clock = clock
         self._recent = RecentPeak(config.reserve_half_life_s)
         self._control = self._new_control()
@@ -207,7 +209,7 @@ class Harvest:
         if row.cached_until is None:
             return row.prompt_tokens
         # What is gone from the cache may be all of a row that had nearly ended.
-        cached = self._given_tokens < row.cached_until
+        cached = self._prefix_caching and self._given_tokens < row.cached_until
         return min(CACHED_TOKENS, row.tokens) if cached else row.tokens
 
     def _give_back(self, row: _Row) -> None:

@@ -20,13 +20,17 @@ JOB = "job"
 class Engine:
     """The rows of a replica's batch that run, and those that ended; time stands still."""
 
-    def __init__(self, tokens: int = 1000, seqs: int = 100, **settings: Any) -> None:
+    def __init__(
+        self, tokens: int = 1000, seqs: int = 100, prefix_caching: bool = True, **settings: Any
+    ) -> None:
         self.now = 100.0
         self.admission = Admission(
             AdmissionConfig(), capacity_tokens=tokens, max_num_seqs=seqs, clock=lambda: self.now
         )
         config = HarvestConfig.model_validate({"reserve_fraction": 0.1, **settings})
-        self.harvest = Harvest(config, self.admission, clock=lambda: self.now)
+        self.harvest = Harvest(
+            config, self.admission, prefix_caching=prefix_caching, clock=lambda: self.now
+        )
         self.harvest.join(JOB)
         self.running: dict[str, asyncio.Event] = {}
         self.order: list[str] = []
@@ -277,12 +281,14 @@ def test_rows_that_went_for_a_burst_come_back_when_it_is_over_and_not_in_its_gap
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("came_tokens", [100, 6000])
+@pytest.mark.parametrize(
+    ("prefix_caching", "came_tokens", "fed"), [(True, 100, 4), (True, 6000, 2), (False, 100, 2)]
+)
 def test_rows_that_made_way_count_little_of_a_step_while_the_cache_still_holds_them(
-    came_tokens: int,
+    prefix_caching: bool, came_tokens: int, fed: int
 ) -> None:
     async def scenario() -> None:
-        engine = Engine(tokens=10_000, seqs=10, prefill_tokens=1000, reserve_half_life_s=0.1)
+        engine = Engine(10_000, 10, prefix_caching, prefill_tokens=1000, reserve_half_life_s=0.1)
         for name in names(10):
             engine.row(name, tokens=600, prompt=500)
         await settle(10)
@@ -298,7 +304,7 @@ def test_rows_that_made_way_count_little_of_a_step_while_the_cache_still_holds_t
         engine.harvest.step(6, 0.001, 0)
         await settle(10)
         # Of 1,000 tokens: all four, or what two prompts take.
-        assert engine.begun == names(10)[6:][: 4 if came_tokens < 4000 else 2]
+        assert engine.begun == names(10)[6:][:fed]
 
     asyncio.run(scenario())
 
