@@ -56,9 +56,11 @@ def on_ray(engine: str) -> dict[str, Any]:
 
 
 def as_in_recipes(engine: str) -> dict[str, Any]:
-    """An engine's settings with what the recipes for its machine add: on CPUs one thread computes in
-    the engine's own process. vLLM's default is a process for it, beside which the other one spins
-    while it waits, and so takes one of two cores from whatever serves."""
+    """An engine's settings with what the recipes for its machine add.
+
+    On CPUs one thread computes, in the engine's own process. vLLM's default is one more process for
+    it, beside which the engine's spins while it waits: of two cores none is left for what serves.
+    """
     if on_gpus(engine):
         return ENGINES[engine]
     recipe = find_recipe("tiny-cpu").settings["engine"]

@@ -2,10 +2,10 @@
 
     python benchmarks/serve_overhead.py --engine cpu --repeat 3
 
-The same engine arguments on both sides, those of our recipes, one after the other, in turns. Two loads: `saturation`
-(all requests at once, so many at a time as `--concurrency`) for throughput, and `light` (requests
-by a Poisson clock, `--rate` a second) for the time to the first token. The medians of the rounds
-are compared.
+The same engine arguments on both sides, as recipes have them, one after the other, in turns. Two
+loads: `saturation` (all requests at once, so many at a time as `--concurrency`) for throughput, and
+`light` (requests by a Poisson clock, `--rate` a second) for the time to the first token. Medians
+of the rounds are compared.
 """
 
 import argparse
