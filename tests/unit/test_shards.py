@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import pytest
 from rich.console import Console
 
+from phi4ray import preemption
 from phi4ray.batch import answers as answers_module
 from phi4ray.batch import jobtable
 from phi4ray.batch.jobtable import JobTable
@@ -22,8 +23,10 @@ from phi4ray.batch.plan import Plan
 from phi4ray.batch.run import run_batch
 from phi4ray.batch.worker import WorkerStats
 from phi4ray.config import BatchConfig, Endpoint, EngineConfig
+from phi4ray.demand import prompt_of
 from phi4ray.errors import InputError, PlanMismatchError
 from phi4ray.fake import FakeReplica, fake_text
+from phi4ray.preemption import Preemptible
 from phi4ray.protocol import Answer, Json, RowError
 from phi4ray.serve import executor as executor_module
 from phi4ray.serve.admission import Admission, AdmissionConfig
@@ -46,10 +49,12 @@ class Engine(FakeReplica):
     def __init__(self, **knobs: Any) -> None:
         super().__init__(ENGINE.model_copy(update={"engine_args": knobs}))
         self.bodies: list[Json] = []
+        self.asked: list[tuple[str, Preemptible | None]] = []
         self.most = 0
 
     async def complete(self, endpoint: Endpoint, body: Json) -> Answer:
         self.bodies.append(body)
+        self.asked.append((prompt_of(body), preemption._asked.get()))
         self.most = max(self.most, self.kv().running + 1)
         return await super().complete(endpoint, body)
 
@@ -254,6 +259,10 @@ def test_a_burst_of_online_requests_stops_batch_and_no_row_becomes_an_error(
     assert seen[:2] == [0, 0]
     assert seen[2] > 0
     assert {row["attempts"] for row in rows} == {1}
+    # Each is one request, also if it was asked twice, and goes on where it was.
+    asked = on.replicas[0].engine.asked
+    assert len(asked) > 60
+    assert len(set(asked)) == len({request for _, request in asked}) == 60
 
 
 def test_a_draining_replica_gives_all_its_rows_up_at_once_and_another_one_answers_them(
