@@ -56,7 +56,9 @@ class Preemptible:
         if self._sequences > 1 or not _can_go_on(request):
             return request
         self._state = state
-        if before is None or before.prompt_token_ids != request.prompt_token_ids:
+        if before is None or not _was_aborted(before):
+            return request
+        if before.prompt_token_ids != request.prompt_token_ids:
             return request
         answered: list[int] = before.detokenizer.output_token_ids
         params = copy.copy(request.sampling_params)
@@ -88,6 +90,15 @@ def going_on(
         await add(request)
 
     return added
+
+
+def _was_aborted(state: Any) -> bool:
+    """Whether the engine had it when it was cancelled: vLLM leaves an output that says so.
+
+    One that had ended in the same step, before its task could know, has no rest.
+    """
+    outputs = getattr(state.queue.output, "outputs", ())
+    return any(output.finish_reason == "abort" for output in outputs)
 
 
 def _can_go_on(request: Any) -> bool:
