@@ -56,15 +56,15 @@ def on_ray(engine: str) -> dict[str, Any]:
 
 
 def as_in_recipes(engine: str) -> dict[str, Any]:
-    """An engine's settings with what the recipes for its machine add.
+    """An engine's settings on Ray, with what the recipes for its machine add.
 
     On CPUs one thread computes, in the engine's own process. vLLM's default is one more process for
     it, beside which the engine's spins while it waits: of two cores none is left for what serves.
     """
     if on_gpus(engine):
-        return ENGINES[engine]
+        return on_ray(engine)
     recipe = find_recipe("tiny-cpu").settings["engine"]
-    return ENGINES[engine] | {"engine_args": recipe["engine_args"], "env": recipe["env"]}
+    return on_ray(engine) | {"engine_args": recipe["engine_args"], "env": recipe["env"]}
 
 
 def bare_arguments(engine: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from engines import ENGINES, as_in_recipes, make_model, on_ray
+from engines import ENGINES, as_in_recipes, make_model
 from rich.console import Console
 from rich.table import Table
 from servers import answering
@@ -105,18 +105,17 @@ def bench_options(model: str, shape: str) -> dict[str, Any]:
 @contextmanager
 def running(side: str, engine: str, model: str, replicas: int = 1) -> Iterator[None]:
     """Have one side's server run; it is ready inside the block."""
+    settings = as_in_recipes(engine)
     if side == "vllm":
         command = [sys.executable, __file__, "--engine", engine, "--serve-vllm", model]
     else:
-        arguments = on_ray(engine) | as_in_recipes(engine)
-        arguments |= arguments.pop("engine_args", {})
-        pairs = [f"{key}={value}" for key, value in arguments.items()]
+        pairs = [f"{key}={value}" for key, value in settings.items()]
         command = [
             sys.executable, str(ROOT / "jobs" / "serve.py"), "--model", model, "--port", str(PORT),
             "--served-model-name", NAME, "--min-replicas", str(replicas),
             "--max-replicas", str(replicas), "--engine-arg", *pairs,
         ]  # fmt: skip
-    with answering(command, URL, os.environ | as_in_recipes(engine).get("env", {})):
+    with answering(command, URL, os.environ | settings.get("env", {})):
         yield
 
 

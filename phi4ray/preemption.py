@@ -10,6 +10,7 @@ answer, and its usage, as if it had never been interrupted.
 
 import contextlib
 import copy
+import functools
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -107,10 +108,17 @@ def _can_go_on(request: Any) -> bool:
         return False
     if request.mm_features or params.output_kind.name != _FINAL_ONLY or params.max_tokens is None:
         return False
-    usual = type(params)()
+    kind: Callable[[], Any] = type(params)
+    usual = _usual(kind)
     carried = _CARRIED | ({"seed"} if params.temperature == 0 else set())
     others = (name for name in params.__struct_fields__ if name not in carried and name[0] != "_")
     return all(
         getattr(params, name) is False or getattr(params, name) == getattr(usual, name)
         for name in others
     )
+
+
+@functools.cache
+def _usual(kind: Callable[[], Any]) -> Any:
+    """Parameters of which none is set; vLLM takes its time to make some."""
+    return kind()

@@ -255,6 +255,7 @@ class Interruptions:
         self.interrupted = 0
         self._replica = running.replica
         self._body = {"model": running.model, **body}
+        self._wanted = 0
         self._task: asyncio.Task[Answer] | None = None
 
     async def answer(self, *after_tokens: int) -> Json:
