@@ -9,6 +9,7 @@ import pytest
 from phi4ray.recipes import find_recipe
 from phi4ray.serve.slack import HarvestConfig
 
+pytestmark = pytest.mark.slow
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
