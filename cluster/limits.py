@@ -23,19 +23,19 @@ class LimitsBoard:
         self._exchange = Exchange()
 
     def exchange(
-        self, replica: str, spent: Mapping[str, Spent], lacking: Mapping[str, Spent], replicas: int
+        self, replica: str, spent: Mapping[str, Spent], lacking: Mapping[str, Spent]
     ) -> dict[str, Spent]:
         """See `phi4ray.serve.exchange.Exchange.exchange`."""
-        return self._exchange.exchange(replica, spent, lacking, replicas, time.monotonic())
+        return self._exchange.exchange(replica, spent, lacking, time.monotonic())
 
 
-async def share_limits(application: str, replica: str, limiter: Limiter, replicas: int) -> None:
+async def share_limits(application: str, replica: str, limiter: Limiter) -> None:
     """Exchange what was spent with the other replicas, from now on, while this one lives."""
     board = shared_actor(LimitsBoard, f"phi4ray-limits-{application}")
     while True:
         spent, lacking = limiter.take_spent(), limiter.lacking(time.monotonic())
         try:
-            heard = await board.exchange.remote(replica, spent, lacking, replicas)
+            heard = await board.exchange.remote(replica, spent, lacking)
             limiter.absorb(heard, time.monotonic())
         except ray.exceptions.RayError:
             logger.warning("limits are counted at each replica alone until their actor is back")

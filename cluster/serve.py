@@ -71,12 +71,7 @@ class Phi4Replica:
         self._watch = asyncio.create_task(self._exit_with_the_engine())
         if config.gate.keys_file is not None:
             self._sharing = asyncio.create_task(
-                share_limits(
-                    config.name,
-                    here.replica_id.unique_id,
-                    self._app.gate.limiter,
-                    config.autoscaling.widest[1],
-                )
+                share_limits(config.name, here.replica_id.unique_id, self._app.gate.limiter)
             )
         host = ShardHost(
             here.replica_id.unique_id, config.engine, self._app.batch_replica, self._app.harvest

@@ -12,6 +12,9 @@ from phi4ray.serve.limits import Spent
 REFILL_S = 60.0
 """A bucket that lacks no more than a minute's worth is full after so long."""
 
+SILENCE_S = 10.0
+"""After so long a replica is taken for gone, and what runs at it is not counted any more."""
+
 
 class Exchange:
     """Takes what one replica's tenants spent, and gives what others' did. Times are seconds."""
@@ -19,6 +22,7 @@ class Exchange:
     def __init__(self) -> None:
         self._owed: dict[str, dict[str, Spent]] = {}  # replica: tenant: what it has not heard of
         self._running: dict[str, dict[str, int]] = {}
+        self._heard_at_s: dict[str, float] = {}
         self._lacking: dict[str, Spent] = {}
         self._lacking_at_s = 0.0
 
@@ -27,13 +31,11 @@ class Exchange:
         replica: str,
         spent: Mapping[str, Spent],
         lacking: Mapping[str, Spent],
-        replicas: int,
         now_s: float,
     ) -> dict[str, Spent]:
         """Hand in what was spent at a replica; gives what its buckets do not know of yet.
 
-        `spent` is `Limiter.take_spent`, `lacking` is `Limiter.lacking`, after it. `replicas` is
-        how many there are: the ones not heard of for longest are forgotten.
+        `spent` is `Limiter.take_spent`, `lacking` is `Limiter.lacking`, after it.
         """
         if replica in self._owed:
             heard = self._owed[replica]
@@ -47,12 +49,13 @@ class Exchange:
         self._lacking = {tenant: Spent(one.requests, one.tokens) for tenant, one in heard.items()}
         _add(self._lacking, lacking)
         self._lacking_at_s = now_s
-        self._running.pop(replica, None)
         self._running[replica] = {tenant: one.running for tenant, one in spent.items()}
-        while len(self._running) > max(1, replicas):
-            gone = next(iter(self._running))
-            del self._running[gone]
-            del self._owed[gone]
+        self._heard_at_s[replica] = now_s
+        # By their silence, not by how many there should be: one that drains goes on for minutes
+        # beside the one that follows it.
+        for gone in [one for one, at_s in self._heard_at_s.items() if now_s - at_s > SILENCE_S]:
+            for known in (self._heard_at_s, self._running, self._owed):
+                del known[gone]
         for other, running in self._running.items():
             if other != replica:
                 for tenant, count in running.items():

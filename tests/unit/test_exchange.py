@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi4ray.serve.exchange import REFILL_S, Exchange
+from phi4ray.serve.exchange import REFILL_S, SILENCE_S, Exchange
 from phi4ray.serve.limits import Limiter, Remaining, Spent
 from phi4ray.serve.tenants import Tenant
 from tests.unit.test_limits import INTERVAL_S, admitted, assert_no_window_exceeds, tenant
@@ -15,8 +15,8 @@ from tests.unit.test_limits import INTERVAL_S, admitted, assert_no_window_exceed
 class Fleet:
     """Replicas by name, around one exchange."""
 
-    def __init__(self, who: Tenant, most: int = 10) -> None:
-        self.who, self.most, self.exchange = who, most, Exchange()
+    def __init__(self, who: Tenant) -> None:
+        self.who, self.exchange = who, Exchange()
         self.limiters: dict[str, Limiter] = {}
 
     def start(self, name: str, now_s: float) -> Limiter:
@@ -28,7 +28,7 @@ class Fleet:
     def meet(self, name: str, now_s: float) -> None:
         limiter = self.limiters[name]
         spent, lacking = limiter.take_spent(), limiter.lacking(now_s)
-        limiter.absorb(self.exchange.exchange(name, spent, lacking, self.most, now_s), now_s)
+        limiter.absorb(self.exchange.exchange(name, spent, lacking, now_s), now_s)
 
     def left(self, name: str, now_s: float) -> Remaining:
         return self.limiters[name].remaining(self.who, now_s)
@@ -66,16 +66,42 @@ def test_where_all_replicas_were_replaced_time_has_refilled_what_they_spent(
 
 
 def test_a_replica_that_was_forgotten_hears_what_it_missed_and_not_its_own() -> None:
-    fleet = Fleet(tenant(requests_per_minute=100), most=2)
+    fleet = Fleet(tenant(requests_per_minute=600))
     old, new = fleet.start("old", 0.0), fleet.start("new", 0.0)
-    assert admitted(old, fleet.who, 10, 0.0) == 10
+    assert admitted(old, fleet.who, 600, 0.0) == 600
     fleet.meet("old", 0.0)
     fleet.meet("new", 0.0)
-    fleet.start("newer", 0.0)  # a rolling update: more than there will be
-    assert admitted(new, fleet.who, 5, 0.0) == 5
-    fleet.meet("new", 0.0)
-    fleet.meet("old", 0.0)
-    assert fleet.left("old", 0.0) == Remaining((100, 85), None)
+    later_s = SILENCE_S + 1  # with 110 refilled
+    fleet.meet("new", later_s)
+    assert admitted(new, fleet.who, 50, later_s) == 50
+    fleet.meet("new", later_s)
+    fleet.meet("old", later_s)
+    assert fleet.left("old", later_s) == Remaining((600, 60), None)
+
+
+def test_a_replica_that_drains_for_minutes_gives_no_tenant_more() -> None:
+    fleet = Fleet(tenant(requests_per_minute=600))
+    names = ["0", "1", "2", "3", "draining"]
+    for name in names:
+        fleet.start(name, 0.0)
+    taken = 0
+    for look in range(1, 121):
+        now_s = look * INTERVAL_S
+        for name in names:
+            if name != "draining":
+                taken += admitted(fleet.limiters[name], fleet.who, 100, now_s)
+            fleet.meet(name, now_s)
+    assert taken <= 600 + 600 * 120 * INTERVAL_S / REFILL_S + 4 * 600 * INTERVAL_S / REFILL_S
+
+
+def test_what_runs_at_a_replica_that_is_gone_counts_no_longer_than_it_may_be_silent() -> None:
+    fleet = Fleet(tenant(max_concurrency=1))
+    assert admitted(fleet.start("gone", 0.0), fleet.who, 1, 0.0) == 1
+    fleet.meet("gone", 0.0)
+    other = fleet.start("other", 0.0)
+    assert admitted(other, fleet.who, 1, 0.0) == 0
+    fleet.meet("other", SILENCE_S + 1)
+    assert admitted(other, fleet.who, 1, SILENCE_S + 1) == 1
 
 
 def test_an_exchange_that_was_lost_begins_again_without_counting_twice() -> None:
@@ -99,9 +125,9 @@ def test_what_runs_at_the_others_is_told_to_a_replica_that_starts() -> None:
 
 def test_nothing_is_told_of_tenants_that_spent_nothing() -> None:
     exchange = Exchange()
-    assert exchange.exchange("a", {}, {}, 2, 0.0) == {}
-    assert exchange.exchange("b", {"acme": Spent(1.0)}, {"acme": Spent(1.0)}, 2, 0.0) == {}
-    assert exchange.exchange("a", {}, {}, 2, 0.0) == {"acme": Spent(1.0)}
+    assert exchange.exchange("a", {}, {}, 0.0) == {}
+    assert exchange.exchange("b", {"acme": Spent(1.0)}, {"acme": Spent(1.0)}, 0.0) == {}
+    assert exchange.exchange("a", {}, {}, 0.0) == {"acme": Spent(1.0)}
 
 
 # Each is one exchange interval: idle intervals before it, the tries at each of three places, and
@@ -121,7 +147,7 @@ INTERVALS = st.lists(
 def test_replicas_that_are_replaced_give_no_tenant_more(
     intervals: Sequence[tuple[int, Sequence[int], int | None]], per_minute: int
 ) -> None:
-    fleet = Fleet(tenant(requests_per_minute=per_minute), most=3)
+    fleet = Fleet(tenant(requests_per_minute=per_minute))
     names = ["0", "1", "2"]
     for name in names:
         fleet.start(name, 0.0)
