@@ -10,6 +10,12 @@ from phi4ray.protocol import Json
 FORGET_ROWS = 4096.0
 """Requests after which what was learned counts half, so that a change of traffic is noticed."""
 
+TOKENS_PER_CHAR = (1 / 16, 1.5)
+"""What text has at least and at most: blanks and long words, and Chinese.
+
+One client's requests are not to change what is expected of all others' beyond that.
+"""
+
 
 @dataclass(slots=True)
 class Lengths:
@@ -22,7 +28,12 @@ class Lengths:
     rows: float = 8.0
 
     def observe(self, prompt_chars: int, prompt_tokens: int, completion_tokens: int) -> None:
-        """Count one finished request."""
+        """Count one finished request.
+
+        Tokens that its text cannot have are not: they are a template's, or of what was not read.
+        """
+        least, most = TOKENS_PER_CHAR
+        prompt_tokens = min(max(prompt_tokens, int(least * prompt_chars)), int(most * prompt_chars))
         self.prompt_chars += prompt_chars
         self.prompt_tokens += prompt_tokens
         self.completion_tokens += completion_tokens

@@ -5,6 +5,7 @@ import contextlib
 from collections import deque
 from collections.abc import AsyncIterator
 
+from pydantic import TypeAdapter, ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phi4ray.demand import Lengths, max_tokens_of, prompt_of, prompt_token_ids
@@ -15,6 +16,8 @@ from phi4ray.serve.meter import Meter, Usage
 from phi4ray.serve.paths import GENERATING
 from phi4ray.serve.responses import send_error
 from phi4ray.serve.state import State
+
+_INTEGER = TypeAdapter(int)
 
 
 class Admit:
@@ -38,9 +41,9 @@ class Admit:
         if state is None or state.body is None or scope["path"] not in GENERATING:
             await self.app(scope, receive, send)
             return
-        wished = state.body.get("priority")
+        wished = _as_vllm_reads(state.body.get("priority"))
         least = min(0, state.priority)
-        if isinstance(wished, int) and wished < least:
+        if wished is not None and wished < least:
             # The engine would put it before others that have the same right.
             await send_error(
                 send, 403, "priority_not_allowed",
@@ -51,18 +54,20 @@ class Admit:
         tokens = self._lengths.demand(chars, limit, ids)
         waiting = _Waiting(receive)
         try:
-            async with (
+            with self._meter.request(state.request_id) as usage:
                 # Watching costs a task, which most requests need not pay for.
-                contextlib.nullcontext() if self.admission.has_room(tokens) else waiting.or_gone(),
-                self.admission.admit(tokens, state.priority) as state.queued_s,
-            ):
-                waiting.over()
-                metrics.QUEUE_TIME.observe(state.queued_s)
-                with self._meter.request(state.request_id) as usage:
+                room = self.admission.has_room(tokens)
+                async with (
+                    contextlib.nullcontext() if room else waiting.or_gone(),
+                    self.admission.admit(tokens, state.priority) as state.queued_s,
+                ):
+                    waiting.over()
+                    metrics.QUEUE_TIME.observe(state.queued_s)
                     await self.app(scope, waiting.receive, send)
-                    if state.status == 200 and await usage.settled():
-                        state.usage = usage
-                        self._learn(chars, ids, usage)
+                # Holding nothing any more: what was hung up is never counted.
+                if state.status == 200 and await usage.settled():
+                    state.usage = usage
+                    self._learn(chars, ids, usage)
         except OverloadedError as error:
             metrics.REJECTED.labels("engine_overloaded").inc()
             await send_error(
@@ -76,6 +81,14 @@ class Admit:
 
     def _learn(self, chars: int, ids: int, usage: Usage) -> None:
         self._lengths.observe(chars, max(0, usage.prompt_tokens - ids), usage.completion_tokens)
+
+
+def _as_vllm_reads(priority: object) -> int | None:
+    """A body's priority: "-5" and -5.0 are -5. None: there is none, or vLLM refuses it."""
+    try:
+        return _INTEGER.validate_python(priority)
+    except ValidationError:
+        return None
 
 
 def _size(body: Json) -> tuple[int, int | None, int]:

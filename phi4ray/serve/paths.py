@@ -12,6 +12,17 @@ GENERATING: Final = frozenset(
         "/inference/v1/generate",
         "/invocations",
         "/cohere/v2/chat",
+        "/generative_scoring",
+        # Of models that embed or classify.
+        "/v1/embeddings",
+        "/v2/embed",
+        "/pooling",
+        "/classify",
+        "/score",
+        "/v1/score",
+        "/rerank",
+        "/v1/rerank",
+        "/v2/rerank",
     }
 )
 """Paths whose requests hold KV cache while they are answered."""

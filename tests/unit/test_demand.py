@@ -94,3 +94,13 @@ def test_a_change_of_traffic_is_noticed_after_some_thousand_requests() -> None:
     for _ in range(20_000):
         lengths.observe(prompt_chars=400, prompt_tokens=100, completion_tokens=500)
     assert lengths.demand(0, None) > 400
+
+
+@pytest.mark.parametrize(("chars", "tokens"), [(5, 8_000), (30_000_000, 1)])
+def test_one_clients_requests_change_what_is_expected_of_others_by_no_more_than_text_can(
+    chars: int, tokens: int
+) -> None:
+    lengths = Lengths()
+    for _ in range(400):
+        lengths.observe(chars, tokens, 300)
+    assert 8_000 / 16 <= lengths.demand(8_000, 0) <= 1.5 * 8_000

@@ -137,8 +137,11 @@ def test_keys(tmp_path: Path, headers: dict[str, str], status: int, code: str | 
     assert answer.json().get("error", {}).get("code") == code
 
 
-@pytest.mark.parametrize(("priority", "status"), [(-1, 403), (0, 200), (7, 200)])
-def test_nobody_puts_a_request_before_those_of_others(priority: int, status: int) -> None:
+@pytest.mark.parametrize(
+    ("priority", "status"),
+    [(-1, 403), ("-1", 403), (-1.0, 403), (0, 200), (7, 200), ("7", 200)],
+)
+def test_nobody_puts_a_request_before_those_of_others(priority: Any, status: int) -> None:
     async def scenario(client: httpx.AsyncClient) -> httpx.Response:
         return await client.post(CHAT, json=HELLO | {"priority": priority})
 
