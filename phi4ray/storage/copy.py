@@ -22,7 +22,8 @@ def copy_tree(source: str, folder: Path, wanted: Callable[[str], bool] = lambda 
 
     `wanted` is asked of each name below the prefix. A file appears under its name only when it is
     whole, and its etag is kept beside it, so that a copy that was cut off goes on at the files it
-    lacks, and a changed object is copied again. One process at a time may copy into a folder.
+    lacks, a changed object is copied again, and the copy of one that is gone
+    is removed. One process at a time may copy into a folder.
 
     Raises:
         ObjectNotFoundError: there is nothing below the prefix.
@@ -47,7 +48,19 @@ def copy_tree(source: str, folder: Path, wanted: Callable[[str], bool] = lambda 
             piece.cancel()
     for piece in done:
         piece.result()
+    _forget_all_but({item.uri.removeprefix(root) for item in items}, folder)
     return folder
+
+
+def _forget_all_but(names: set[str], folder: Path) -> None:
+    """Remove copies of what is not there any more: vLLM loads the shards that an index names."""
+    notes = folder / ".phi4ray"
+    with translated(str(folder)):
+        for note in list(notes.rglob("*.etag")):
+            name = note.relative_to(notes).as_posix().removesuffix(".etag")
+            if name not in names:
+                (folder / name).unlink(missing_ok=True)
+                note.unlink()
 
 
 class _Copy:

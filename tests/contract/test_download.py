@@ -149,3 +149,13 @@ def test_weights_that_are_streamed_are_not_downloaded(proxy: FaultProxy, s3_pref
     folder = download(s3_prefix, wanted=lambda name: not name.endswith(WEIGHTS))
     assert contents(folder) == {"config.json": b"{}", "empty": b""}
     assert ranges(proxy) == ["bytes=0-1"]
+
+
+def test_the_copy_of_what_is_gone_from_the_store_goes(proxy: FaultProxy, s3_prefix: str) -> None:
+    """An index that stayed would have vLLM load the shards of the model that was replaced."""
+    folder = Path(download(s3_prefix))
+    (folder / "compiled").write_bytes(b"not of the store")
+    storage_for(s3_prefix).delete(join(s3_prefix, "config.json"))
+    storage_for(s3_prefix).write(join(s3_prefix, "new.json"), b"{}")
+    assert Path(download(s3_prefix)) == folder
+    assert set(contents(folder)) == {"empty", "model.safetensors", "new.json", "compiled"}
