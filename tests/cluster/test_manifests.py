@@ -121,5 +121,7 @@ def test_the_application_of_a_rayservice_answers_a_chat(image: Path, tmp_path: P
         shell, flag, script = hook
         code, said = cluster.worker.run(shell, flag, script.partition("; while")[0])
         assert code == 0, said
-        code, said = cluster.worker.run(shell, flag, "pgrep -f '^ray::(ServeReplica|MapWorker)'")
+        code, said = cluster.worker.run(
+            shell, flag, "pgrep -f '^ray::(ServeReplica:[^:]+:replica|MapWorker)'"
+        )
         assert code == 0, said
