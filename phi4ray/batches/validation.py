@@ -4,6 +4,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from reprlib import Repr
 from typing import BinaryIO
 
 import numpy as np
@@ -16,6 +17,11 @@ from phi4ray.protocol import Json, RowError
 
 MAX_ERRORS = 100
 """So many are told; who has them all wrong sees it from the first hundred."""
+
+_QUOTES = Repr()
+_QUOTES.maxstring = _QUOTES.maxother = 100
+_QUOTED = _QUOTES.repr
+"""Quotes what a client sent, cut: it stays in the batch's record and in each answer about it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +94,17 @@ def _line_error(record: Json | RowError, endpoint: Endpoint, model: str) -> Line
         message = "'custom_id' must be a string."
         return LineError(code="invalid_type", message=message, param="custom_id")
     if record["method"] != "POST":
-        message = f"'method' is {record['method']!r}; only 'POST' is supported."
+        message = f"'method' is {_QUOTED(record['method'])}; only 'POST' is supported."
         return LineError(code="invalid_method", message=message, param="method")
     if record["url"] != endpoint:
-        message = f"'url' is {record['url']!r}, not the batch's endpoint {endpoint!r}."
+        message = f"'url' is {_QUOTED(record['url'])}, not the batch's endpoint {endpoint!r}."
         return LineError(code="invalid_url", message=message, param="url")
     body = record["body"]
     if not isinstance(body, dict):
         message = "'body' must be an object."
         return LineError(code="invalid_type", message=message, param="body")
     if body.get("model", model) != model:
-        message = f"The model {body['model']!r} does not exist; this service has {model!r}."
+        message = f"The model {_QUOTED(body['model'])} does not exist; this service has {model!r}."
         return LineError(code="model_not_found", message=message, param="body.model")
     for name in ("prompt", "messages"):  # which would be taken for the request itself
         if name in record:

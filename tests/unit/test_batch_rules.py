@@ -192,6 +192,13 @@ def test_a_line_that_is_no_request_is_refused(change: dict[str, Any], code: str)
     assert checked(jsonl(line(0) | change)) == [(code, 1)]
 
 
+@pytest.mark.parametrize("change", [{"method": "G" * 9999}, {"url": "/" * 9999}])
+def test_what_is_told_of_a_line_does_not_grow_with_it(change: dict[str, Any]) -> None:
+    data = jsonl(line(0) | change, line(1, body={"model": ["m" * 9999] * 99}))
+    found = check(lines_of(io.BytesIO(data), 1 << 20), CHAT, "m", 10, 1 << 20)
+    assert [len(error.message) < 1000 for error in found.errors] == [True, True]
+
+
 def test_a_line_that_names_no_model_or_more_than_is_known_is_a_request() -> None:
     assert checked(jsonl(line(0, body={"messages": []}, note="kept"))) == []
 
