@@ -160,10 +160,10 @@ def _csv_records(item: Input) -> Iterator[Json | RowError]:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
         try:
             # A row with more cells than the head has is broken, and so is one with fewer.
-            reader = csv.DictReader(text, restkey="", restval=None, strict=True)
+            reader = csv.DictReader(text, restkey=None, restval=None, strict=True)
             _check_columns(item.uri, reader.fieldnames or ())
             for record in reader:
-                if "" in record or None in record.values():
+                if None in record or None in record.values():
                     yield RowError("ragged_row", "it has not as many cells as the head")
                 else:
                     yield dict(record)

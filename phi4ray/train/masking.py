@@ -18,6 +18,7 @@ class ChatTokenizer(Protocol):
     """The part of a transformers tokenizer that is used here."""
 
     all_special_ids: list[int]
+    added_tokens_decoder: Mapping[int, Any]
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
         """Render a chat as text."""
@@ -51,7 +52,9 @@ def to_example(chat: Chat, tokenizer: ChatTokenizer, max_length_tokens: int) -> 
         spans = answer_spans(chat.messages, text, tokenizer)
         tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = list(tokens["input_ids"])
-        ends = frozenset(tokenizer.all_special_ids)
+        # Phi-4-mini's end of a turn has no role of its own, as an eos has, and is special as well.
+        added = (number for number, t in tokenizer.added_tokens_decoder.items() if t.special)
+        ends = frozenset([*tokenizer.all_special_ids, *added])
         labels = mask(ids, tokens["offset_mapping"], spans, ends)
     except ValueError as error:
         return Refused(chat.place, "messages", "unlearnable", str(error))

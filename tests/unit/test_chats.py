@@ -116,6 +116,12 @@ def test_broken_rows_keep_their_numbers(tmp_path: Path) -> None:
     ]
 
 
+def test_a_table_that_begins_with_its_row_numbers_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(",prompt,completion\n0,a,b\n1,c,d\n")  # as pandas writes it
+    assert [type(row) for row in read(path)] == [Chat, Chat]
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
 def test_a_file_without_the_columns_is_refused_as_a_whole(tmp_path: Path, name: str) -> None:
     rows = [{"question": "2+2?", "answer": "4"}]

@@ -1,11 +1,12 @@
 """Only answers are learned, each with the token that ends it, whatever the chat template does."""
 
+import copy
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 
 from phi4ray.train.chats import Chat, Place, Refused
 from phi4ray.train.masking import IGNORED, Example, to_example
@@ -116,3 +117,11 @@ def test_a_template_that_does_not_fit_refuses_the_chat(
     refused = to_example(chat("hello", "hi"), tokenizer, 1000)
     assert isinstance(refused, Refused)
     assert (refused.code, why in refused.message) == ("unlearnable", True)
+
+
+def test_an_end_that_is_special_without_a_role_ends_an_answer(tokenizer: Any) -> None:
+    """Phi-4-mini's `<|end|>` is neither its eos nor any other named token."""
+    mini = copy.deepcopy(tokenizer)
+    mini.add_tokens([AddedToken("<|end|>", special=True)])
+    mini.chat_template = PHI_4.replace("<|im_end|>", "<|end|>")
+    assert learned(to_example(chat("2+2?", "4"), mini, 100), mini) == ["4<|end|>"]
