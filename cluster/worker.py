@@ -49,6 +49,7 @@ class RayShardWorker:
         self._failure: Phi4rayError | None = None
         self._running: set[Future[Any]] = set()
         self._stopped = False
+        self._dying = threading.Lock()
         self._loop = uvloop.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="phi4ray", daemon=True).start()
         try:
@@ -81,10 +82,12 @@ class RayShardWorker:
         except CancelledError:  # the driver said stop
             return {"receipt": [NOTHING]}
         except Phi4rayError as error:
-            if isinstance(error, EngineDeadError) and ray.get(self._board.engine_died.remote()):
-                logger.error("%s; Ray starts another", error)
-                # Ray restarts the actor, and gives it the shards that it had.
-                os._exit(1)
+            if isinstance(error, EngineDeadError):
+                with self._dying:  # all shards in flight see the one death, which counts once
+                    if ray.get(self._board.engine_died.remote()):
+                        logger.error("%s; Ray starts another", error)
+                        # Ray restarts the actor, and gives it the shards that it had.
+                        os._exit(1)
             ray.get(self._board.failed.remote(error))
             raise
         ray.get(self._board.shard_finished.remote())
