@@ -44,6 +44,7 @@ from phi4ray.config import BatchConfig, Endpoint, EngineConfig, OutputFormat, ba
 from phi4ray.errors import ConfigError, Phi4rayError
 from phi4ray.fit import refuse_misfit
 from phi4ray.recipes import find_recipe
+from phi4ray.storage import normal
 
 EXIT_CODES = """\
 exit codes: 0 all rows answered, 3 finished with error rows, 1 failed, 2 bad arguments"""
@@ -71,7 +72,7 @@ JOB_FLAGS: Flags = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job that the arguments describe; returns the process's exit code."""
     arguments = parser().parse_args(argv)
-    console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False)
+    console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False, emoji=False)
     try:
         config = configuration(arguments)
         with connected():
@@ -161,7 +162,9 @@ def configuration(arguments: argparse.Namespace) -> BatchConfig:
     if arguments.set:
         flags["sampling"] = pairs("--set", arguments.set)
     config = batch_config(recipe, file_layer(arguments.config), flags)
-    return config.model_copy(update={"engine": local_model(config.engine)})
+    # Workers have another folder.
+    absolute = {"engine": local_model(config.engine), "output": normal(config.output)}
+    return config.model_copy(update=absolute)
 
 
 if __name__ == "__main__":

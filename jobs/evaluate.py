@@ -60,7 +60,7 @@ FLAGS: Flags = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the evaluation that the arguments describe; returns the process's exit code."""
     arguments = parser().parse_args(argv)
-    console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False)
+    console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False, emoji=False)
     try:
         config = configuration(arguments)
         with contextlib.nullcontext() if config.base_url else connected():

@@ -57,7 +57,7 @@ LORA_FLAGS: Flags = {"rank": int, "alpha": float, "dropout": float}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job that the arguments describe; returns the process's exit code."""
     arguments = parser().parse_args(argv)
-    console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False)
+    console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False, emoji=False)
     try:
         config = configuration(arguments)
         with connected(worker_logs=False):  # Ray Train tells of its every step

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from phi4ray.config import EngineConfig, load_yaml
+from phi4ray.config import YAML_ERRORS, EngineConfig, load_yaml
 from phi4ray.errors import ConfigError, Phi4rayError
 from phi4ray.fit import cards
 from phi4ray.gpus import GPUS
@@ -179,6 +179,6 @@ def pairs(flag: str, items: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"{flag} {item}: write KEY=VALUE")
         try:
             values[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except YAML_ERRORS as error:
             raise ConfigError(f"{flag} {item}: the value is not valid YAML: {error}") from error
     return values

@@ -51,7 +51,7 @@ FLAGS: Flags = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the quantization that the arguments describe; returns the process's exit code."""
     arguments = parser().parse_args(argv)
-    console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False)
+    console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False, emoji=False)
     try:
         if arguments.measured is not None:
             tell(card_only(arguments), arguments.measured)

@@ -201,7 +201,7 @@ def new_console() -> Console:
     """A console that prints names whole."""
     # Off a terminal there is no width to keep to: names stay whole for whoever greps them.
     width = None if sys.stdout.isatty() else 160
-    return Console(width=width, highlight=False, markup=False)
+    return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
 def _table(title: str, lines: list[tuple[str, str]]) -> Table:
