@@ -35,7 +35,7 @@ class Window(Config):
         """Whether a moment, in Unix seconds, lies in the window."""
         now = datetime.fromtimestamp(now_s, ZoneInfo(self.timezone))
         clock, today = now.time(), now.weekday()
-        if self.start <= self.end:
+        if self.start < self.end:
             return self.start <= clock < self.end and WEEKDAYS[today] in self.days
         if clock >= self.start:
             return WEEKDAYS[today] in self.days

@@ -249,6 +249,10 @@ def test_bounds_follow_the_schedule() -> None:
 
 
 def test_a_window_may_go_over_midnight() -> None:
+    whole = Window(days=("fri",), start="00:00", end="00:00", min_replicas=0)
+    assert [
+        whole.holds(datetime(2026, 11, day, 12, tzinfo=UTC).timestamp()) for day in (20, 21)
+    ] == [True, False]
     night = Window(days=("fri",), start="22:00", end="06:00", min_replicas=0)
     assert night.holds(datetime(2026, 11, 20, 23, tzinfo=UTC).timestamp())  # friday
     assert night.holds(datetime(2026, 11, 21, 5, tzinfo=UTC).timestamp())  # saturday
