@@ -6,10 +6,11 @@ Nothing here knows Ray or vLLM. Every step may be cut off at any point and run a
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 
 from rich.console import Console
 
+from phi4ray.batch.answers import Done
 from phi4ray.batch.executor import TICK_S, Executor
 from phi4ray.batch.manifest import check_receipts, list_parts, read_receipts, write_manifest
 from phi4ray.batch.pacing import rank_of
@@ -80,6 +81,18 @@ def pending_shards(config: BatchConfig, plan: Plan) -> dict[int, Receipt | None]
     return {receipt.shard: receipt for receipt in receipts if receipt.error_rows}
 
 
+def kept(config: BatchConfig, plan: Plan, pending: Container[int]) -> Done:
+    """What earlier runs answered and this one leaves: all but the failed rows that it reruns."""
+    receipts = read_receipts(config.output, plan, sorted(list_parts(config.output, plan)))
+    return sum(
+        (
+            Done(one.rows - one.error_rows) if one.shard in pending else Done(one.rows, one.errors)
+            for one in receipts
+        ),
+        start=Done(),
+    )
+
+
 def longest_first(plan: Plan, pending: Iterable[int]) -> list[int]:
     """Pending shards in the order in which they go: those with the longest answers first.
 
@@ -100,16 +113,21 @@ def answer(
     """Have the pending shards answered and written, showing progress.
 
     Raises:
-        TooManyErrorsError: more of this run's rows failed than `max_error_fraction` allows.
+        TooManyErrorsError: more of the job's rows failed than `max_error_fraction` allows.
     """
     started_at, began = time.time(), time.monotonic()
+    rewritten = {shard: receipt for shard, receipt in pending.items() if receipt is not None}
+    rows = sum(r.error_rows if r else plan.shards[shard].rows for shard, r in pending.items())
+    before = None
+    if config.max_error_fraction is not None:
+        before = kept(config, plan, pending)
+    tally = Tally(plan.rows, plan.rows - rows, rewritten, before)
+    # The same command again is no way around the fraction, even with nothing left to do.
+    tally.check_errors(tally.snapshot({}, 0), config.max_error_fraction, final=not pending)
     if not pending:
         return RunFacts(started_at)
     # What is not whole any more must not look so: rerun parts are about to change.
     storage_for(config.output).delete(join(config.output, SUCCESS_NAME))
-    rewritten = {shard: receipt for shard, receipt in pending.items() if receipt is not None}
-    rows = sum(r.error_rows if r else plan.shards[shard].rows for shard, r in pending.items())
-    tally = Tally(plan.rows, plan.rows - rows, rewritten)
     with (
         Progress(console, config.progress_interval_s) as progress,
         ProgressFile(config.output, plan.plan_id, console) as shared,

@@ -48,12 +48,18 @@ class Tally:
     """The running totals of one run. Pure: times are given.
 
     `rewritten` has the earlier receipts of parts whose failed rows this run reruns: only what it
-    adds to them is counted as its own.
+    adds to them is counted as its own. `before` is what earlier runs answered and this one leaves
+    as it is: a job has too many errors by all its rows.
     """
 
     def __init__(
-        self, rows_total: int, rows_resumed: int, rewritten: Mapping[int, Receipt] | None = None
+        self,
+        rows_total: int,
+        rows_resumed: int,
+        rewritten: Mapping[int, Receipt] | None = None,
+        before: Done | None = None,
     ) -> None:
+        self._before = before or Done()
         self._rows_total = rows_total
         self._rows_resumed = rows_resumed
         self._rewritten = rewritten or {}
@@ -129,16 +135,18 @@ class Tally:
         """Stop a job that is plainly misconfigured; parts that are written stay.
 
         Raises:
-            TooManyErrorsError: more than this share of the run's finished rows failed.
+            TooManyErrorsError: more than this share of the finished rows failed.
         """
-        rows = snapshot.rows_done - snapshot.rows_resumed
+        own = Done(snapshot.rows_done - snapshot.rows_resumed, snapshot.errors)
+        done = self._before + own
+        rows, failed = done.rows, sum(done.errors.values())
         if max_error_fraction is None or rows < (1 if final else MIN_ROWS_FOR_FRACTION):
             return
-        if snapshot.error_rows > max_error_fraction * rows:
-            codes = sorted(snapshot.errors.items(), key=lambda item: -item[1])[:5]
+        if failed > max_error_fraction * rows:
+            codes = sorted(done.errors.items(), key=lambda item: -item[1])[:5]
             named = ", ".join(f"{code} ({count:,})" for code, count in codes)
             raise TooManyErrorsError(
-                f"{snapshot.error_rows:,} of {rows:,} rows failed, more than max_error_fraction="
+                f"{failed:,} of {rows:,} rows failed, more than max_error_fraction="
                 f"{max_error_fraction:g} allows: {named}. Correct the input or the settings and "
                 "use a new output; or run the same command with a higher fraction to go on"
             )

@@ -451,6 +451,23 @@ def test_an_engine_that_cannot_start_ends_the_job_with_its_cause(tmp_path: Path)
     assert len(starts) == 1
 
 
+def test_the_same_command_again_is_no_way_around_the_error_fraction(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", [*prompts(4), *[b"{"] * 6])
+    config = job(tmp_path, shard_rows=5, max_error_fraction=0.5)
+    for _ in range(2):
+        with pytest.raises(TooManyErrorsError, match="6 of 10 rows failed"):
+            run(config)
+        assert not (tmp_path / "out" / "_SUCCESS").exists()
+    assert run(config.model_copy(update={"max_error_fraction": 0.6})).error_rows == 6
+
+
+def test_rerun_rows_that_fail_again_are_too_many_only_of_the_whole_job(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", [*prompts(19), b"{"])
+    config = job(tmp_path, shard_rows=5, max_error_fraction=0.2)
+    assert run(config).error_rows == 1
+    assert run(config.model_copy(update={"retry_errors": True})).error_rows == 1
+
+
 def test_a_misconfigured_job_is_stopped_and_its_parts_stay(tmp_path: Path) -> None:
     write_lines(tmp_path / "in" / "a.jsonl", [*prompts(50), *[b"{"] * 100])
     config = job(tmp_path, shard_rows=50, max_error_fraction=0.5)
