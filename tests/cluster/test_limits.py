@@ -38,7 +38,7 @@ def test_a_replica_that_starts_takes_over_what_the_fleet_has_left() -> None:
 
             def start(at: int) -> asyncio.Task[None]:
                 limiters[at].open([who], time.monotonic())
-                return group.create_task(share_limits("test", str(at), limiters[at], 3))
+                return group.create_task(share_limits("test", str(at), limiters[at]))
 
             running = [start(0), start(1)]
             assert admitted(limiters[0], who, 900, time.monotonic()) == 900
