@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from rich.console import Console
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
 from cluster.batch import RayExecutor
@@ -31,6 +29,7 @@ from jobs.flags import (
     engine_layer,
     file_layer,
     local_model,
+    new_console,
     new_parser,
     pairs,
     told,
@@ -72,7 +71,7 @@ JOB_FLAGS: Flags = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job that the arguments describe; returns the process's exit code."""
     arguments = parser().parse_args(argv)
-    console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False, emoji=False)
+    console = new_console()
     try:
         config = configuration(arguments)
         with connected():

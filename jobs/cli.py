@@ -93,7 +93,7 @@ def submit(
             refuse_misfit(config.engine, [arguments.gpu])
         # The job runs in another folder.
         arguments.input = [normal(uri) for uri in config.input]
-        arguments.output = normal(config.output)
+        arguments.output = config.output
         if Path(config.engine.model).is_dir():
             arguments.model = config.engine.model
         with uploaded(working_dir, arguments.config) as (folder, file):

@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
 from cluster.batch import RayExecutor
@@ -29,6 +27,7 @@ from jobs.flags import (
     engine_layer,
     file_layer,
     local_model,
+    new_console,
     new_parser,
     pairs,
     told,
@@ -60,7 +59,7 @@ FLAGS: Flags = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the evaluation that the arguments describe; returns the process's exit code."""
     arguments = parser().parse_args(argv)
-    console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False, emoji=False)
+    console = new_console()
     try:
         config = configuration(arguments)
         with contextlib.nullcontext() if config.base_url else connected():

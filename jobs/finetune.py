@@ -13,13 +13,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
 from cluster.local import connected
 from cluster.train import RayHost
-from jobs.flags import Flags, add_config, add_fields, bare_parser, file_layer, pairs, told
+from jobs.flags import (
+    Flags,
+    add_config,
+    add_fields,
+    bare_parser,
+    file_layer,
+    new_console,
+    pairs,
+    told,
+)
 from phi4ray.config import validated
 from phi4ray.errors import Phi4rayError
 from phi4ray.storage import normal
@@ -57,7 +64,7 @@ LORA_FLAGS: Flags = {"rank": int, "alpha": float, "dropout": float}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job that the arguments describe; returns the process's exit code."""
     arguments = parser().parse_args(argv)
-    console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False, emoji=False)
+    console = new_console()
     try:
         config = configuration(arguments)
         with connected(worker_logs=False):  # Ray Train tells of its every step

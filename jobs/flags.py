@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel
+from rich.console import Console
 
 from phi4ray.config import YAML_ERRORS, EngineConfig, load_yaml
 from phi4ray.errors import ConfigError, Phi4rayError
@@ -28,6 +29,11 @@ ENGINE_FLAGS: Flags = {
     "tensor_parallel_size": int,
     "gpu_memory_utilization": float,
 }
+
+
+def new_console() -> Console:
+    """A job's console: what it prints is names and log lines, which stay as they are and whole."""
+    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False, emoji=False)
 
 
 def told(error: Phi4rayError) -> int:

@@ -18,11 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from rich.console import Console
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
-from jobs.flags import Flags, add_config, add_fields, bare_parser, file_layer, told
+from jobs.flags import Flags, add_config, add_fields, bare_parser, file_layer, new_console, told
 from phi4ray.config import validated
 from phi4ray.errors import ConfigError, Phi4rayError
 from phi4ray.gpus import GIB
@@ -51,7 +49,7 @@ FLAGS: Flags = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the quantization that the arguments describe; returns the process's exit code."""
     arguments = parser().parse_args(argv)
-    console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False, emoji=False)
+    console = new_console()
     try:
         if arguments.measured is not None:
             tell(card_only(arguments), arguments.measured)

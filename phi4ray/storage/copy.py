@@ -22,8 +22,8 @@ def copy_tree(source: str, folder: Path, wanted: Callable[[str], bool] = lambda 
 
     `wanted` is asked of each name below the prefix. A file appears under its name only when it is
     whole, and its etag is kept beside it, so that a copy that was cut off goes on at the files it
-    lacks, a changed object is copied again, and the copy of one that is gone
-    is removed. One process at a time may copy into a folder.
+    lacks, a changed object is copied again, and the copy of one that is gone is removed. One
+    process at a time may copy into a folder.
 
     Raises:
         ObjectNotFoundError: there is nothing below the prefix.
