@@ -4,8 +4,8 @@
     python benchmarks/batch_overhead.py --engine h200 --shapes 512x256 128x16 heavy:512x256
 
 Shapes are prompt x answer tokens. `ragged:` has answers of half to one and a half times that
-length, `heavy:` of log-normal lengths with that mean, each row with its own limit; `shared:` has
-prompts whose first half is that of eight rows, in random order.
+length, `heavy:` of log-normal lengths with that mean and at most `--longest`, each row with its own
+limit; `shared:` has prompts whose first half is that of eight rows, in random order.
 
 The same rows and engine arguments on every side, each side in a process of its own, one after the
 other. Compared is the engine phase: from the moment when the engine is ready to the last answer
@@ -33,7 +33,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 SPREAD = 1.2
 """The sigma of heavy-tailed lengths: the longest hundredth is 8 times as long as the mean."""
-LONGEST = 8192
 SHARED = 8
 """So many rows share a prefix."""
 
@@ -49,6 +48,9 @@ def main() -> None:
         "--shapes", nargs="+", default=["512x256", "128x16"], help="prompt x answer tokens"
     )
     parser.add_argument("--rows", type=int, nargs="+", default=None, help="rows of each shape")
+    parser.add_argument(
+        "--longest", type=int, default=8192, help="tokens of a heavy-tailed answer at most [8192]"
+    )
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument(
         "--repeat", type=int, default=1, help="rounds; the best of each side counts"
@@ -67,7 +69,7 @@ def main() -> None:
     for shape, count in zip(arguments.shapes, rows, strict=True):
         with tempfile.TemporaryDirectory(prefix="phi4ray-") as name:
             folder = Path(name)
-            prepare(folder, arguments.engine, shape, count)
+            prepare(folder, arguments.engine, shape, count, arguments.longest)
             for round_ in range(arguments.repeat):
                 for side in arguments.sides:
                     result = measure(side, arguments.engine, folder)
@@ -80,7 +82,7 @@ def main() -> None:
         arguments.results.write_text(json.dumps(results, indent=1))
 
 
-def prepare(folder: Path, engine: str, shape: str, rows: int) -> None:
+def prepare(folder: Path, engine: str, shape: str, rows: int, longest: int = 8192) -> None:
     """Write the model's folder and the prompts: random words, with their limits."""
     from transformers import AutoTokenizer
 
@@ -96,7 +98,7 @@ def prepare(folder: Path, engine: str, shape: str, rows: int) -> None:
         return tokenizer.decode(ids[:tokens])
 
     shared = [text(prompt_tokens // 2) for _ in range(rows // SHARED)] if kind == "shared" else []
-    longest = min(LONGEST, ENGINES[engine]["max_model_len"] - prompt_tokens - 64)
+    longest = min(longest, ENGINES[engine]["max_model_len"] - prompt_tokens - 64)
     middle = math.log(answer_tokens) - SPREAD**2 / 2
     (folder / "prompts").mkdir()
     with (folder / "prompts" / "prompts.jsonl").open("w") as stream:

@@ -12,7 +12,6 @@ from typing import Any, Protocol, TypeVar
 
 import uvloop
 
-from phi4ray.batch.pacing import OVERSUBSCRIBE
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import Plan
 from phi4ray.batch.worker import ShardWorker, WorkerStats
@@ -25,7 +24,7 @@ R = TypeVar("R")
 
 TICK_S = 0.5
 
-FILLS = int(8 * OVERSUBSCRIBE)
+FILLS = 16
 """How many times the rows of the shards in flight fill a replica.
 
 A shard is in flight until its longest answer has ended. With few of them, all soon wait for one
@@ -67,7 +66,7 @@ class Executor(Protocol):
 def shards_in_flight(config: BatchConfig, plan: Plan) -> int:
     """Shards that one replica works on at once: enough rows to fill it so many times, and one more.
 
-    Some of the rows are with the engine or next in its queue (`pacing.OVERSUBSCRIBE`), from the
+    Some of the rows are with the engine or next in its queue (`phi4ray.batch.pacing`), from the
     others the longest are chosen. One shard is being read or written meanwhile. Of large rows
     there are fewer at once: `IN_FLIGHT_BYTES` of input.
     """

@@ -1,9 +1,8 @@
 """How many rows to have in flight, in tokens of KV cache, and which go next. Pure but for waiting.
 
 The engine admits requests by itself as blocks get free. What it needs from us is a queue that
-never runs dry, and not one so long that a shard's rows lie in it for minutes: so rows are handed
-over until their expected demand is `OVERSUBSCRIBE` times what the KV cache and the sequence limit
-hold.
+never runs dry, and not a longer one: it goes first come first served, so that a row with a long
+answer would begin late behind whatever lies in it, and end last and alone.
 """
 
 import asyncio
@@ -15,7 +14,13 @@ from typing import Protocol
 
 from phi4ray.protocol import KVState
 
-OVERSUBSCRIBE = 2.0
+OVERSUBSCRIBE_TOKENS = 2.0
+"""Expected demand handed over, as a multiple of the KV cache: of its tokens in the end a row holds
+about half in the mean."""
+
+OVERSUBSCRIBE_ROWS = 1.25
+"""Rows handed over, as a multiple of the sequences that the engine runs: what waits there is more
+than it can begin in a few steps."""
 
 KIN_CHARS = 256
 """Prompts that share so much more than all that wait are kin: some four blocks of the cache."""
@@ -69,9 +74,15 @@ class Pacer:
     in the cache, out of all shards that are open. For one event loop.
     """
 
-    def __init__(self, kv: KVState, oversubscribe: float = OVERSUBSCRIBE) -> None:
-        self.max_rows = max(1, int(kv.max_num_seqs * oversubscribe))
-        self.max_tokens = max(1.0, kv.capacity_tokens * oversubscribe)
+    def __init__(
+        self,
+        kv: KVState,
+        *,
+        tokens: float = OVERSUBSCRIBE_TOKENS,
+        rows: float = OVERSUBSCRIBE_ROWS,
+    ) -> None:
+        self.max_rows = max(1, int(kv.max_num_seqs * rows))
+        self.max_tokens = max(1.0, kv.capacity_tokens * tokens)
         self.rows = 0
         self.tokens = 0.0
         self._came = itertools.count()

@@ -13,8 +13,8 @@ from phi4ray.protocol import KVState
 from tests.waiting import settle
 
 
-def pacer(tokens: int = 100, rows: int = 10) -> Pacer:
-    kv = KVState(
+def kv_of(tokens: int, rows: int) -> KVState:
+    return KVState(
         capacity_tokens=tokens,
         used_tokens=0,
         running=0,
@@ -22,7 +22,10 @@ def pacer(tokens: int = 100, rows: int = 10) -> Pacer:
         max_num_seqs=rows,
         max_model_len=1000,
     )
-    return Pacer(kv, oversubscribe=1.0)
+
+
+def pacer(tokens: int = 100, rows: int = 10) -> Pacer:
+    return Pacer(kv_of(tokens, rows), tokens=1.0, rows=1.0)
 
 
 class Turn:
@@ -85,6 +88,22 @@ def test_rows_go_until_the_engine_has_all_the_sequences_it_takes() -> None:
         assert not waiting.done()
         room.release(1)
         await asyncio.wait_for(waiting, 5)
+
+    asyncio.run(scenario())
+
+
+def test_few_rows_lie_in_the_engines_queue_so_that_a_long_answer_begins_soon() -> None:
+    async def scenario() -> None:
+        room = Pacer(kv_of(tokens=1_000_000, rows=100))
+        short = [asyncio.create_task(acquired(room, 1)) for _ in range(300)]
+        await settle()
+        assert sum(task.done() for task in short) == room.rows == 125
+        long = asyncio.create_task(acquired(room, 1, rank=-1))
+        await settle()
+        room.release(1)
+        await asyncio.wait_for(long, 5)
+        for task in short:
+            task.cancel()
 
     asyncio.run(scenario())
 

@@ -273,7 +273,7 @@ def test_no_more_rows_are_with_the_engine_than_it_has_room_for(tmp_path: Path) -
     engine = Watched(latency_s=0.001)
     engine.config = config.engine.model_copy(update={"max_num_seqs": 4})
     run(config, plan, engine)
-    assert most == 8  # twice, so that its queue never runs dry
+    assert most == 5  # a quarter more, so that its queue never runs dry
 
 
 def test_a_shard_that_is_done_is_not_asked_again(tmp_path: Path) -> None:
