@@ -1,61 +1,43 @@
-"""A replica: one vLLM engine behind vLLM's own OpenAI application. The only importer of vLLM.
+"""The replica itself: `phi4ray.protocol.OnlineReplica` on a real vLLM engine.
 
-Works with vLLM 0.25.1 (old module names) and 0.32 (`vllm.entrypoints.launchers`). Nothing of the
-OpenAI protocol is written here: requests go to vLLM's serving objects, and whatever those refuse
-goes through vLLM's ASGI application, which words the error as its server does.
+Requests go to vLLM's serving objects, and whatever those refuse goes through vLLM's ASGI
+application, which words the error as its server does.
 """
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import os
-import time
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Iterator
 from multiprocessing.context import BaseContext
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
-from starlette.requests import Request
-from starlette.responses import Response
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.envs import disable_envs_cache, enable_envs_cache
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine import utils as engine_utils
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineGenerateError
-from vllm.v1.metrics.loggers import PrometheusStatLogger
-from vllm.v1.metrics.stats import IterationStats, SchedulerStats
+from vllm.v1.metrics.stats import SchedulerStats
 
-from phi4ray import amx, engine_log
+from phi4ray import engine_log
 from phi4ray.config import Endpoint, EngineConfig
-from phi4ray.errors import ConfigError, EngineDeadError, EngineStartError
+from phi4ray.errors import EngineDeadError, EngineStartError
 from phi4ray.pauses import in_turns, rare_collections
 from phi4ray.preemption import going_on
 from phi4ray.protocol import Answer, Json, KVState, refusal
-
-try:
-    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-    from vllm.entrypoints.launchers.app import build_app
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-except ModuleNotFoundError:  # vLLM 0.25
-    from vllm.entrypoints.openai.api_server import build_app, init_app_state
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+from phi4ray.replica.arguments import server_args
+from phi4ray.replica.openai_app import Handler, openai_app
+from phi4ray.replica.statistics import stat_logger
 
 STOP_S = 2.0
 """For the engine's process to end by itself. It gives back what it holds in one second, and then
 takes Python's time to exit, for which there is no need to wait."""
 
 logger = logging.getLogger(__name__)
-
-_NOT_ENGINE_ARGS = {"kind", "num_gpus", "num_cpus", "engine_args", "env"}
 
 
 class VllmReplica:
@@ -77,10 +59,11 @@ class VllmReplica:
         """Told of each sequence that finished; not with `disable_log_stats`."""
         self.on_step: Callable[[int, float | None, int], None] | None = None
         """Told of each step; not with `disable_log_stats`."""
+        self.stats = SchedulerStats()
+        """The newest of the engine's scheduler."""
         self._engine: AsyncLLM | None = None
         self._vllm_config: VllmConfig | None = None
-        self._stats = SchedulerStats()
-        self._handlers: dict[str, tuple[type[Any], frozenset[str], Callable[..., Any]]] = {}
+        self._handlers: dict[str, Handler] = {}
         self._http: httpx.AsyncClient | None = None
         self._guard = guard
         self._processes = processes
@@ -111,33 +94,14 @@ class VllmReplica:
             self._engine = engine = AsyncLLM.from_vllm_config(
                 config,
                 usage_context=UsageContext.OPENAI_API_SERVER,
-                stat_loggers=[self._stat_logger()],
+                stat_loggers=[stat_logger(self, metrics=not self.config.disable_log_stats)],
                 disable_log_stats=args.disable_log_stats,
             )
         client: Any = engine.engine_core
         client.get_output_async = in_turns(client.get_output_async)
         states = engine.output_processor.request_states
         client.add_request_async = going_on(states, client.add_request_async)
-        tasks = await engine.get_supported_tasks()
-        # A library below it sets the root logger to this, and to errors only if there is none.
-        os.environ.setdefault("SAGEMAKER_CONTAINER_LOG_LEVEL", str(logging.root.level))
-        self.app = build_app(args, tasks, config.model_config)
-        self.app.add_exception_handler(EngineGenerateError, _as_its_cause)
-        self.app.middleware_stack = None  # built already, and so with the handlers of before
-        state = self.app.state
-        await init_app_state(engine, state, args, tasks)
-        # vLLM's handlers tell the server to exit with a dead engine; here its watcher does.
-        state.server = SimpleNamespace(should_exit=False)
-        for endpoint, request_type, serving, method in (
-            ("/v1/chat/completions", ChatCompletionRequest, "openai_serving_chat",
-             "create_chat_completion"),
-            ("/v1/completions", CompletionRequest, "openai_serving_completion",
-             "create_completion"),
-        ):  # fmt: skip
-            if handler := getattr(state, serving, None):
-                fields = request_type.model_fields
-                names = frozenset(fields) | {f.alias for f in fields.values() if f.alias}
-                self._handlers[endpoint] = request_type, names, getattr(handler, method)
+        self.app, self._handlers = await openai_app(engine, args)
         self._http = httpx.AsyncClient(
             transport=httpx.ASGITransport(app=self.app, raise_app_exceptions=False),
             base_url="http://replica",
@@ -159,49 +123,6 @@ class VllmReplica:
                 # A refusal is no failure: base models have no chat template.
                 await self.complete(endpoint, one | prompt)
 
-    def _stat_logger(self) -> type[PrometheusStatLogger]:
-        """What keeps the newest scheduler statistics where `kv` reads them.
-
-        vLLM adds its Prometheus metrics unless a logger is one: they cost a batch 4% of this
-        process, and nobody asks for them there.
-        """
-        replica = self
-        base = _NoMetrics if self.config.disable_log_stats else PrometheusStatLogger
-
-        class LatestStats(base):  # type: ignore[misc, valid-type]
-            at_s = 0.0
-
-            def record(
-                self,
-                scheduler_stats: SchedulerStats | None,
-                iteration_stats: IterationStats | None,
-                *args: Any,
-                **kw: Any,
-            ) -> None:
-                super().record(scheduler_stats, iteration_stats, *args, **kw)
-                if scheduler_stats is not None:
-                    replica._stats = scheduler_stats
-                if iteration_stats is None:
-                    return
-                if replica.on_finished is not None:
-                    for one in iteration_stats.finished_requests:
-                        replica.on_finished(
-                            one.request_id or "", one.num_prompt_tokens, one.num_generation_tokens
-                        )
-                # By this process's clock and not by the engine's: clients get their tokens from
-                # here, and where it cannot keep up with the engine they wait for it.
-                before, self.at_s = self.at_s, time.monotonic()
-                if replica.on_step is not None:
-                    waited = iteration_stats.inter_token_latencies_iter
-                    begun = len(iteration_stats.time_to_first_tokens_iter)
-                    replica.on_step(
-                        replica._stats.num_running_reqs,
-                        self.at_s - before if waited else None,
-                        begun,
-                    )
-
-        return LatestStats
-
     async def complete(self, endpoint: Endpoint, body: Json) -> Answer:
         """Answer one request; see `phi4ray.protocol.Replica.complete`.
 
@@ -210,13 +131,13 @@ class VllmReplica:
         application once more: it fails the same way, before any work, and is worded there.
         """
         if endpoint in self._handlers:
-            request_type, names, handler = self._handlers[endpoint]
+            handler = self._handlers[endpoint]
             # vLLM ignores parameters it does not know; a batch of answers that silently lack
             # what was asked for is worse than an error row.
-            if unknown := body.keys() - names:
+            if unknown := body.keys() - handler.parameters:
                 return refusal("unknown_parameter", f"unknown parameter {min(unknown)!r}")
             try:
-                response = await handler(request_type.model_validate(body))
+                response = await handler.answer(handler.request_type.model_validate(body))
             except Exception as error:
                 self._check_alive(error)
             else:
@@ -275,7 +196,7 @@ class VllmReplica:
     def kv(self) -> KVState:
         """See `phi4ray.protocol.Replica.kv`."""
         assert self._vllm_config is not None, "start() comes first"
-        config, stats = self._vllm_config, self._stats
+        config, stats = self._vllm_config, self.stats
         cache = config.cache_config
         capacity = cache.kv_cache_size_tokens or (cache.num_gpu_blocks or 0) * cache.block_size
         return KVState(
@@ -298,19 +219,6 @@ class VllmReplica:
         self._guard.close()
 
 
-async def _as_its_cause(request: Request, error: EngineGenerateError) -> Response:
-    """Answer as vLLM does to the error below this one, which tells whose fault it is.
-
-    What cannot be sent to the engine, as an integer of 70 bits, is the client's and not a 500.
-    """
-    cause = error.__cause__ or error
-    handlers = request.app.exception_handlers
-    kinds = (kind for kind in type(cause).__mro__ if kind is not EngineGenerateError)
-    handler = next(handlers[kind] for kind in kinds if kind in handlers)
-    answer: Response = await handler(request, cause)
-    return answer
-
-
 @contextlib.contextmanager
 def _started_by(processes: BaseContext | None) -> Iterator[None]:
     """Have vLLM start its processes so. Its settings know "spawn" and "fork" alone."""
@@ -321,42 +229,3 @@ def _started_by(processes: BaseContext | None) -> Iterator[None]:
         yield
     finally:
         engine_utils.get_mp_context = vllms
-
-
-class _NoMetrics(PrometheusStatLogger):
-    """Stands in for vLLM's Prometheus metrics, and counts nothing."""
-
-    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int] | None = None) -> None:
-        self.engine_indexes = engine_indexes or [0]
-
-    def record(self, *args: Any, **kw: Any) -> None:
-        """Ignore it."""
-
-    def log_engine_initialized(self) -> None:
-        """Say nothing."""
-
-    def record_admission_rejection(self, reason: str) -> None:
-        """Ignore it."""
-
-    def record_sleep_state(self, *args: Any, **kw: Any) -> None:
-        """Ignore it."""
-
-
-def server_args(config: EngineConfig) -> Namespace:
-    """Turn an engine's configuration into the arguments of vLLM's own API server.
-
-    Raises:
-        ConfigError: vLLM has no such argument.
-    """
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
-    # Some fields of the engine have no flag, as `model_weights`.
-    known = vars(args).keys() | {field.name for field in dataclasses.fields(AsyncEngineArgs)}
-    given = config.model_dump(exclude=_NOT_ENGINE_ARGS, exclude_none=True)
-    given["served_model_name"] = [config.model_name]
-    for name, value in {**given, **config.engine_args}.items():
-        if name not in known:
-            raise ConfigError(f"this vLLM has no engine argument {name!r}: see `vllm serve --help`")
-        setattr(args, name, value)
-    if current_platform.is_cpu() and args.worker_extension_cls == "":
-        args.worker_extension_cls = amx.WORKER_EXTENSION
-    return args
