@@ -75,7 +75,7 @@ class Harvest:
         admission.on_change = self.update
         admission.on_arrival = self._arrived
 
-    def _new_control(self) -> StepControl:
+    def _new_control(self) -> StepControl[_Row]:
         return StepControl(self.config.target_tpot_ms / 1e3, self.config.prefill_tokens)
 
     @property
@@ -178,10 +178,9 @@ class Harvest:
         since_s = self._online_at_s
         idle = since_s is None or now - since_s > self.config.idle_s
         if self._idle and not idle:
-            unseen = sorted(filter(self._control.awaits, self._rows), key=lambda row: row.begun)
             # The engine would begin them in few and long steps, for which online requests wait. No
             # work is lost, and they come again as the new control lets them.
-            for row in unseen:
+            for row in self._control.unseen:
                 self._abort(row)
             self._control = self._new_control()  # steps of a full engine tell nothing
         self._idle = idle

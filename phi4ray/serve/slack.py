@@ -13,12 +13,14 @@ While there has been no online request for some time none of it holds, and batch
 
 import itertools
 import math
-from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from pydantic import Field
 
 from phi4ray.config import Config
+
+R = TypeVar("R")
 
 STEP_MEMORY_S = 0.25
 """Over so long a time a step's length is averaged: a request feels the mean of many steps. No debt
@@ -112,7 +114,7 @@ class RecentPeak:
         return self._peak
 
 
-class StepControl:
+class StepControl(Generic[R]):
     """Feeds batch rows to the engine so that its steps last no longer, in the mean, than they may.
 
     A step lasts as long as its sequences' next tokens and its prompts' tokens take together, and a
@@ -137,7 +139,7 @@ class StepControl:
         self._longest_s = 0.0  # of the steps since the lump was fed
         self._credit = 0.0
         self._debt_s = 0.0
-        self._unseen: dict[Hashable, None] = {}
+        self._unseen: dict[R, None] = {}
         """Rows that were fed and are not in a step yet, oldest first."""
         self._most_begun = 0.0  # in one of the last steps
         # Of the last steps: how many, how long, with how many sequences; old ones fade.
@@ -166,18 +168,23 @@ class StepControl:
         get: where the engine could else begin all that it has before more can come."""
         return len(self._unseen) < max(LEAST_AHEAD, AHEAD_STEPS * self._most_begun)
 
-    def feed(self, row: Hashable, prompt_tokens: float) -> None:
+    def feed(self, row: R, prompt_tokens: float) -> None:
         """Spend credit on a row; a long prompt overdraws it, and the next ones wait longer."""
         if not self._unseen:
             self._longest_s = 0.0
         self._credit -= prompt_tokens
         self._unseen[row] = None
 
-    def awaits(self, row: Hashable) -> bool:
+    def awaits(self, row: R) -> bool:
         """Whether a row was fed and is in no step yet."""
         return row in self._unseen
 
-    def forget(self, row: Hashable) -> None:
+    @property
+    def unseen(self) -> tuple[R, ...]:
+        """All such rows, oldest first."""
+        return tuple(self._unseen)
+
+    def forget(self, row: R) -> None:
         """A row has ended or gone, whether the engine had begun it or not."""
         self._unseen.pop(row, None)
 
