@@ -274,7 +274,7 @@ class Loads:
         source = self._folder / "rows.jsonl"
         self._jobs += 1  # or the prefix cache would know its rows from the job before
         with source.open("w") as stream:
-            for number in range(200_000):
+            for number in range(40_000):
                 prompt = f"{self._jobs} {number} {self._prompts[number % len(self._prompts)]}"
                 stream.write(json.dumps({"prompt": prompt}) + "\n")
         sampling = json.loads((self._folder / "sampling.json").read_text())
