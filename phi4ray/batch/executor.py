@@ -63,8 +63,10 @@ class Executor(Protocol):
         ...
 
 
-def shards_in_flight(config: BatchConfig, plan: Plan) -> int:
+def shards_in_flight(config: BatchConfig, plan: Plan, rows: int | None = None) -> int:
     """Shards that one replica works on at once: enough rows to fill it so many times, and one more.
+
+    `rows` are those that are asked of a shard, in the mean; None: all.
 
     Some of the rows are with the engine or next in its queue (`phi4ray.batch.pacing`), from the
     others the longest are chosen. One shard is being read or written meanwhile. Of large rows
@@ -73,7 +75,8 @@ def shards_in_flight(config: BatchConfig, plan: Plan) -> int:
     if config.shards_in_flight is not None:
         return config.shards_in_flight
     shards = max(1, len(plan.shards))
-    mean_rows, mean_bytes = max(1, plan.rows // shards), max(1, plan.prompt_bytes // shards)
+    mean_rows = max(1, plan.rows // shards if rows is None else rows)
+    mean_bytes = max(1, plan.prompt_bytes * mean_rows // max(1, plan.rows))
     wanted = 1 + -(-FILLS * config.engine.max_num_seqs // mean_rows)
     return max(2, min(MAX_IN_FLIGHT, wanted, IN_FLIGHT_BYTES // mean_bytes))
 

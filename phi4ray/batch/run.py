@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from rich.console import Console
 
 from phi4ray.batch.answers import Done
-from phi4ray.batch.executor import TICK_S, Executor
+from phi4ray.batch.executor import TICK_S, Executor, shards_in_flight
 from phi4ray.batch.manifest import check_receipts, list_parts, read_receipts, write_manifest
 from phi4ray.batch.pacing import rank_of
 from phi4ray.batch.parts import Receipt
@@ -126,6 +126,9 @@ def answer(
     tally.check_errors(tally.snapshot({}, 0), config.max_error_fraction, final=not pending)
     if not pending:
         return RunFacts(started_at)
+    if rewritten and config.shards_in_flight is None:  # of which a few rows each are asked
+        at_once = shards_in_flight(config, plan, rows // len(pending))
+        config = config.model_copy(update={"shards_in_flight": at_once})
     # What is not whole any more must not look so: rerun parts are about to change.
     storage_for(config.output).delete(join(config.output, SUCCESS_NAME))
     with (

@@ -15,13 +15,13 @@ from phi4ray.batch.answers import Answers, Done
 from phi4ray.batch.carried import decode_schema
 from phi4ray.batch.files import Reader
 from phi4ray.batch.parts import (
+    COLUMNS,
     Receipt,
     Result,
     make_receipt,
     part_table,
     read_part,
     read_receipt,
-    receipt_of,
     results_of,
     write_part,
 )
@@ -109,20 +109,34 @@ class ShardWorker:
         return await self._write(shard, results, carried, began, replacing=False)
 
     async def _rerun_errors(self, shard: Shard) -> Receipt:
+        began = time.monotonic()
+        failed, new, requests = await asyncio.to_thread(storage_retry(self._read_failed), shard)
+        if not failed:  # a task that is run again, after its part was written
+            return await asyncio.to_thread(
+                storage_retry(read_receipt), self._config.output, self._plan, shard.index
+            )
+        await self._answers.answer(shard.index, new, requests)
         table = await asyncio.to_thread(
             storage_retry(read_part), self._config.output, self._plan, shard.index
         )
-        began = time.monotonic()
-        old = results_of(table)
-        failed = [at for at, row in enumerate(old) if row.error_code is not None]
-        if not failed:  # a task that is run again, after its part was written
-            return receipt_of(table.schema)
-        rows, requests, carried = await asyncio.to_thread(storage_retry(self._read), shard)
-        new = [rows[at] for at in failed]
-        await self._answers.answer(shard.index, new, [requests[at] for at in failed])
+        rows = results_of(table)
         for at, result in zip(failed, new, strict=True):
-            old[at] = replace(result, attempts=old[at].attempts + result.attempts)
-        return await self._write(shard, old, carried, began, replacing=True)
+            if rows[at].error_code is not None:  # else another worker was faster
+                rows[at] = replace(result, attempts=rows[at].attempts + result.attempts)
+        carried = table.drop_columns(COLUMNS.names)
+        return await self._write(shard, rows, carried, began, replacing=True)
+
+    def _read_failed(self, shard: Shard) -> tuple[list[int], list[Result], list[Request | None]]:
+        """The places of its failed rows, these without answers, and what to ask for each.
+
+        Many shards are rerun at once: what is kept of each meanwhile is only this.
+        """
+        table = read_part(self._config.output, self._plan, shard.index)
+        failed = [at for at, row in enumerate(results_of(table)) if row.error_code is not None]
+        if not failed:
+            return [], [], []
+        rows, requests, _ = self._read(shard)
+        return failed, [rows[at] for at in failed], [requests[at] for at in failed]
 
     def _read(self, shard: Shard) -> tuple[list[Result], list[Request | None], pa.Table]:
         """Its rows without answers, what to ask for each that is no error, and what is carried."""

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from phi4ray.batch import answers as answers_module
-from phi4ray.batch.executor import InProcessExecutor
+from phi4ray.batch.executor import FILLS, MAX_IN_FLIGHT, InProcessExecutor
 from phi4ray.batch.manifest import Manifest
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import Plan
@@ -521,6 +521,28 @@ def test_failed_rows_are_rerun_and_only_their_parts_rewritten(tmp_path: Path) ->
     after = standing(config)
     assert [name for name in before if before[name] != after[name]] == [list(before)[2]]
     assert succeeded(config)
+
+
+def test_of_shards_with_few_failed_rows_more_are_rerun_at_once(tmp_path: Path) -> None:
+    rows: list[object] = prompts(1000)
+    rows[::100] = [b"{"] * 10
+    write_lines(tmp_path / "in" / "a.jsonl", rows)
+    config = job(tmp_path, shard_rows=100, engine={"max_num_seqs": 10})
+    run(config)
+    seen: list[int | None] = []
+
+    class Seen(InProcessExecutor):
+        def run_shards(
+            self, config: BatchConfig, plan: Plan, pending: Sequence[int]
+        ) -> Iterator[Receipt | None]:
+            seen.append(config.shards_in_flight)
+            return super().run_shards(config, plan, pending)
+
+    again = config.model_copy(update={"retry_errors": True})
+    run_batch(again, Seen(), Console(file=io.StringIO()))
+    set_by_hand = again.model_copy(update={"shards_in_flight": 3})
+    run_batch(set_by_hand, Seen(), Console(file=io.StringIO()))
+    assert seen == [min(MAX_IN_FLIGHT, 1 + FILLS * 10), 3]  # one row of each shard is asked
 
 
 def test_failed_rows_of_an_unfinished_job_cannot_be_rerun(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import time
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -362,6 +363,23 @@ def test_a_rerun_asks_only_failed_rows_and_adds_their_attempts(tmp_path: Path) -
     assert [new for new in second if new["n"] not in (3, 8)] == [
         old for old in first if old["n"] not in (3, 8)
     ]
+
+
+def test_a_rerun_leaves_what_another_worker_answered_meanwhile(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(10))
+    config, plan = planned(tmp_path, max_attempts=1)
+    broken = refusal("engine_error", "not now", 500)
+    run(config, plan, Engine(lambda prompt, _: broken if prompt == "prompt 3" else None))
+    again = config.model_copy(update={"retry_errors": True})
+
+    def slow(prompt: str, _: int) -> Answer:
+        with ThreadPoolExecutor(1) as pool:  # asyncio.run wants a thread without a loop
+            pool.submit(run, again, plan, Engine()).result()
+        return broken
+
+    run(again, plan, Engine(slow))
+    row = rows_of(config)[3]
+    assert (row["text"], row["error_code"], row["attempts"]) == (fake_text("prompt 3"), None, 2)
 
 
 def test_a_rerun_that_is_run_once_more_leaves_the_part_alone(tmp_path: Path) -> None:
