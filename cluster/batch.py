@@ -4,18 +4,19 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ray
-import ray.data
 from rich.console import Console
 
-from cluster.board import start_board
+from cluster.board import Idle, start_board
 from cluster.environment import set_defaults
+from cluster.pool import End, this_end, through_workers
 from cluster.worker import RayShardWorker, receipts_of
-from phi4ray.batch.executor import in_thread, shards_in_flight, share_of
+from phi4ray.batch.executor import TICK_S, in_thread, shards_in_flight, share_of
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import Plan
 from phi4ray.batch.worker import WorkerStats
@@ -39,6 +40,10 @@ ENVIRONMENT = (
 )
 
 
+STOP_S = 10.0
+"""So long workers have to drop what they do."""
+
+
 class RayExecutor:
     """A `phi4ray.batch.executor.Executor` on the Ray cluster that this process is connected to."""
 
@@ -50,6 +55,7 @@ class RayExecutor:
         self._console = console
         self._board: Any = None
         self._stats: dict[str, WorkerStats] = {}
+        self._idle: dict[str, Idle] = {}
         # vLLM's start log is of use where it failed, and there its errors are enough.
         self._environment = {"VLLM_LOGGING_LEVEL": "WARNING"} | {
             name: os.environ[name] for name in ENVIRONMENT if name in os.environ
@@ -75,10 +81,7 @@ class RayExecutor:
 
     def stats(self) -> Mapping[str, WorkerStats]:
         """See `phi4ray.batch.executor.Executor.stats`."""
-        if self._board is not None:
-            ready, _ = ray.wait([self._board.stats.remote()], timeout=1.0)
-            if ready:  # else it is being restarted, and what is known stands
-                self._stats = ray.get(ready[0])
+        self._stats = self._asked("stats", self._stats)
         return self._stats
 
     def run_shards(
@@ -86,12 +89,49 @@ class RayExecutor:
     ) -> Iterator[Receipt | None]:
         """See `phi4ray.batch.executor.Executor.run_shards`."""
         self._warn_of_missing(config.engine)
-        self._board = board = start_board()
+        left = dict.fromkeys(pending)
+        self._idle = {}
+        while left:
+            before = len(left)
+            yield from self._run_some(config, plan, left)
+            # What workers without an engine had, when no other was left to take it, is run again.
+            if len(left) == before:
+                raise next(
+                    (idle.error for idle in self._idle.values()),
+                    ClusterError(f"Ray lost {before} shards: the same command goes on with them"),
+                )
+
+    def _run_some(
+        self, config: BatchConfig, plan: Plan, left: dict[int, None]
+    ) -> Iterator[Receipt | None]:
+        """Run shards over one pool of replicas; those that are done are `left` no longer."""
+        engine = config.engine
+        most = min(config.max_replicas or self._fits(engine), len(left))
+        fewest = min(config.min_replicas, most)
+        at_hand = min(most, self._at_hand(engine))
+        self._board = board = start_board(min(fewest, at_hand))
         receipts: queue.SimpleQueue[Receipt] = queue.SimpleQueue()
-        data = self._dataset(config, plan, pending)
+        at_once = share_of(len(left), at_hand, shards_in_flight(config, plan))
+        data = through_workers(
+            self.worker,
+            {
+                "config": config,
+                "plan": ray.put(plan),
+                "board": board,
+                "environment": self._environment,
+            },
+            list(left),
+            engine,
+            fewest=fewest,
+            most=most,
+            at_once=at_once,
+            broken={idle.node_id for idle in self._idle.values()},
+        )
         stopped = threading.Event()
+        end = End()
 
         def work() -> None:
+            this_end.set(end)
             for batch in data.iter_batches(batch_size=None, prefetch_batches=0):
                 for receipt in receipts_of(batch):
                     receipts.put(receipt)
@@ -101,9 +141,18 @@ class RayExecutor:
         def stop() -> None:
             stopped.set()
             ray.get(board.stop.remote())
+            # A replica that starts, or is waited for, cannot hear of it.
+            end.at = time.monotonic() + (STOP_S if self.stats() else 0.0)
 
+        looked_at = time.monotonic()
         try:
-            yield from in_thread(work, receipts, stop)
+            for receipt in in_thread(work, receipts, stop):
+                if receipt is not None:
+                    left.pop(receipt.shard, None)
+                if (now := time.monotonic()) - looked_at >= TICK_S:
+                    looked_at = now
+                    self._look_for_idle(left)
+                yield receipt
         except Exception as error:
             raise ray.get(board.failure.remote()) or translated(error) from error
         finally:
@@ -111,39 +160,30 @@ class RayExecutor:
             self._board = None
             ray.kill(board)
 
-    def _dataset(self, config: BatchConfig, plan: Plan, pending: Sequence[int]) -> Any:
-        """Shard indices through a pool of replicas; one block, hence one task, a shard."""
-        engine = config.engine
-        most = min(config.max_replicas or self._fits(engine), len(pending))
-        fewest = min(config.min_replicas, most)
-        replicas = min(most, self._at_hand(engine))
-        at_once = share_of(len(pending), replicas, shards_in_flight(config, plan))
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        context.max_consecutive_actor_init_deaths = 3
-        # A pool whose every replica has its shards is due for one more.
-        context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
-        shards = ray.data.from_items(list(pending), override_num_blocks=len(pending))
-        return shards.map_batches(
-            self.worker,
-            fn_constructor_kwargs={
-                "config": config,
-                "plan": ray.put(plan),
-                "board": self._board,
-                "environment": self._environment,
-            },
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(
-                min_size=fewest,
-                max_size=most,
-                max_tasks_in_flight_per_actor=at_once,
-                max_concurrent_calls_per_actor=at_once,
-                enable_true_multi_threading=True,
-            ),
-            num_gpus=engine.gpus_per_replica,
-            num_cpus=engine.num_cpus,
-        )
+    def _look_for_idle(self, left: Mapping[int, None]) -> None:
+        """Tell of workers without an engine, and let them go when nothing else is left."""
+        told = {idle.node for idle in self._idle.values()}
+        self._idle = self._asked("idle", self._idle)
+        for idle in self._idle.values():
+            if idle.node not in told:
+                self._console.print(
+                    f"no engine starts on {idle.node}, the job goes on without it: "
+                    f"{type(idle.error).__name__}: {idle.error}",
+                    style="yellow",
+                )
+                told.add(idle.node)
+        held = {shard for idle in self._idle.values() for shard in idle.shards}
+        # Whoever takes over one of them tells of it with one of its own.
+        if self._idle and left.keys() <= held:
+            ray.get(self._board.stop.remote())
+
+    def _asked(self, method: str, otherwise: T) -> T:
+        """What the board says; where it does not, because it is restarted, what is known stands."""
+        if self._board is None:
+            return otherwise
+        ready, _ = ray.wait([getattr(self._board, method).remote()], timeout=1.0)
+        found: T = ray.get(ready[0]) if ready else otherwise
+        return found
 
     def _fits(self, engine: EngineConfig) -> int:
         """The replicas that an autoscaling cluster may come to hold: for GPUs, no bound of ours.

@@ -1,16 +1,20 @@
 """The Ray Data actor that answers shards: one replica, one event loop, several shards at once."""
 
 import asyncio
+import contextlib
 import logging
 import os
+import platform
 import threading
-from collections.abc import Coroutine, Mapping
+from collections import deque
+from collections.abc import Coroutine, Iterable, Mapping
 from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
 import ray
 import uvloop
 
+from cluster.board import Idle
 from cluster.environment import set_defaults
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import Plan
@@ -34,8 +38,12 @@ class RayShardWorker:
     """A `ray.data.Dataset.map_batches` callable: shard indices in, receipts out.
 
     Ray calls it from several threads at once, one a shard; all of them wait on one event loop, on
-    which the replica runs. An engine that cannot start is reported by the first call and not by
-    the constructor, whose failure Ray would take for a reason to try elsewhere.
+    which the replica runs.
+
+    A worker whose engine cannot start leaves its shards to the others, and waits with them until
+    the job ends. Ray would replace one that went, most likely on the same node, and hand all
+    shards to one that returned; and it gives a shard to one worker only, through all its restarts.
+    Where no other has an engine either, the calls raise why.
     """
 
     def __init__(
@@ -46,18 +54,22 @@ class RayShardWorker:
         os.environ.pop("OMP_NUM_THREADS", None)
         self._board = board
         self._name = ray.get_runtime_context().get_actor_id() or "driver"
-        self._failure: Phi4rayError | None = None
+        self._worker: ShardWorker | None = None
+        self._left: set[int] = set()
+        self._hopeless = asyncio.Event()
         self._running: set[Future[Any]] = set()
         self._stopped = False
         self._dying = threading.Lock()
         self._loop = uvloop.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="phi4ray", daemon=True).start()
         try:
-            self._worker = self._wait(self._start(config, ray.get(plan)))
+            self._worker = worker = self._wait(self._start(config, ray.get(plan)))
         except Phi4rayError as error:
             self._failure = error
+            telling = self._idle(error)
         else:
-            asyncio.run_coroutine_threadsafe(self._report(), self._loop)
+            telling = self._report(worker)
+        asyncio.run_coroutine_threadsafe(telling, self._loop)
 
     async def _start(self, config: BatchConfig, plan: Plan) -> ShardWorker:
         if not await self._board.starting.remote(self._name):
@@ -72,26 +84,34 @@ class RayShardWorker:
         return ShardWorker(config, plan, replica)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
-        """Answer the shards in `batch["item"]`; gives their receipts as JSON in `receipt`."""
+        """Answer the shards in `batch["item"]`; gives their receipts as JSON in `receipt`.
+
+        Then also a shard that a worker without an engine has left, if there is one.
+        """
         if self._stopped:
             return {"receipt": [NOTHING]}
+        shards, receipts = deque(map(int, batch["item"])), []
         try:
-            if self._failure is not None:
+            if self._worker is None:
+                self._wait(self._leave(shards))
                 raise self._failure
-            receipts = [self._wait(self._worker.run(int(index))) for index in batch["item"]]
+            while shards:
+                receipts.append(self._wait(self._worker.run(shards.popleft())))
+                left = ray.get(self._board.shard_finished.remote(self._name))
+                if left is not None:
+                    shards.append(left)
         except CancelledError:  # the driver said stop
-            return {"receipt": [NOTHING]}
+            pass
         except Phi4rayError as error:
             if isinstance(error, EngineDeadError):
                 with self._dying:  # all shards in flight see the one death, which counts once
-                    if ray.get(self._board.engine_died.remote()):
+                    if ray.get(self._board.engine_died.remote(self._name)):
                         logger.error("%s; Ray starts another", error)
                         # Ray restarts the actor, and gives it the shards that it had.
                         os._exit(1)
             ray.get(self._board.failed.remote(error))
             raise
-        ray.get(self._board.shard_finished.remote())
-        return {"receipt": [receipt.model_dump_json() for receipt in receipts]}
+        return {"receipt": [receipt.model_dump_json() for receipt in receipts] or [NOTHING]}
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -101,17 +121,34 @@ class RayShardWorker:
         finally:
             self._running.discard(future)
 
-    async def _report(self) -> None:
+    async def _leave(self, shards: Iterable[int]) -> None:
+        """Have others answer these shards; ends where there are no others."""
+        self._left.update(shards)
+        await self._hopeless.wait()
+
+    async def _report(self, worker: ShardWorker) -> None:
         while True:
-            try:
-                go_on = await self._board.report.remote(self._name, self._worker.stats())
-            except ray.exceptions.RayActorError:
-                go_on = True  # between the board's death and its restart
-            if not go_on:
-                self._stopped = True  # Ray may have many more shards for this actor
-                for future in list(self._running):
-                    future.cancel()
+            with contextlib.suppress(ray.exceptions.RayActorError):  # the board is restarted
+                if not await self._board.report.remote(self._name, worker.stats()):
+                    self._stop()
             await asyncio.sleep(REPORT_S)
+
+    async def _idle(self, error: Phi4rayError) -> None:
+        node = f"{platform.node()} ({ray.util.get_node_ip_address()})"
+        node_id = ray.get_runtime_context().get_node_id()
+        while True:
+            with contextlib.suppress(ray.exceptions.RayActorError):  # the board is restarted
+                idle = Idle(node, node_id, error, frozenset(self._left))
+                if not await self._board.idles.remote(self._name, idle):
+                    self._stop()
+                elif await self._board.hopeless.remote():
+                    self._hopeless.set()
+            await asyncio.sleep(REPORT_S)
+
+    def _stop(self) -> None:
+        self._stopped = True  # Ray may have many more shards for this actor
+        for future in list(self._running):
+            future.cancel()
 
 
 def receipts_of(batch: Mapping[str, Any]) -> list[Receipt]:

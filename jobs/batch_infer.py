@@ -46,7 +46,10 @@ from phi4ray.recipes import find_recipe
 from phi4ray.storage import normal
 
 EXIT_CODES = """\
-exit codes: 0 all rows answered, 3 finished with error rows, 1 failed, 2 bad arguments"""
+exit codes: 0 all rows answered, 3 finished with error rows, 1 failed, 2 bad arguments,
+130 interrupted"""
+
+INTERRUPTED = 130
 
 JOB_FLAGS: Flags = {
     "limit": int,
@@ -90,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             summary = run_batch(config, executor, console, JobMetrics(config.output).publish)
     except Phi4rayError as error:
         return told(error)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the parts that are done", file=sys.stderr)
+        return INTERRUPTED
     print_summary(console, summary)
     return 3 if summary.error_rows else 0
 

@@ -1,0 +1,68 @@
+"""Workers whose engine cannot start, or dies and cannot start again, on a cluster of one node.
+
+Importable by Ray's processes. Which of them it is they settle by a file: the first one there.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from cluster.batch import RayExecutor
+from cluster.worker import RayShardWorker
+from phi4ray.batch.plan import Plan
+from phi4ray.batch.worker import ShardWorker
+from phi4ray.config import BatchConfig, EngineConfig
+from phi4ray.errors import EngineDeadError, EngineStartError
+
+REASON = "no CUDA-capable device is detected"
+
+
+def first(config: BatchConfig, name: str) -> bool:
+    """Whether this process is the first one to ask so."""
+    try:
+        (Path(config.output).parent / name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+class Broken(RayShardWorker):
+    """The first worker has no engine."""
+
+    async def _start(self, config: BatchConfig, plan: Plan) -> ShardWorker:
+        if first(config, "broken"):
+            await self._board.starting.remote(self._name)
+            raise EngineStartError(REASON)
+        return await super()._start(config, plan)
+
+
+class Breaking(RayShardWorker):
+    """The first worker to have a shard loses its engine with it, and has none after that."""
+
+    def __init__(self, config: BatchConfig, **others: Any) -> None:
+        self._config = config
+        super().__init__(config, **others)
+
+    async def _start(self, config: BatchConfig, plan: Plan) -> ShardWorker:
+        me = Path(config.output).parent / self._name
+        if me.exists():
+            await self._board.starting.remote(self._name)
+            raise EngineStartError(REASON)
+        worker = await super()._start(config, plan)
+        if first(config, "breaking"):
+            me.touch()
+            worker.run = self._die  # type: ignore[method-assign]
+        return worker
+
+    async def _die(self, index: int) -> Any:
+        raise EngineDeadError(f"the engine died in shard {index}")
+
+
+class Several(RayExecutor):
+    """As many replicas on a node as a test wants."""
+
+    def __init__(self, worker: type[RayShardWorker], *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.worker = worker
+
+    def _fits(self, engine: EngineConfig) -> int:
+        return 4
