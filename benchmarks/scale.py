@@ -30,7 +30,7 @@ from rich.console import Console
 
 from cluster.batch import RayExecutor
 from cluster.local import connected
-from cluster.worker import RayShardWorker
+from cluster.worker import ShardCalls
 from phi4ray.batch.carried import decode_schema
 from phi4ray.batch.manifest import list_parts
 from phi4ray.batch.parts import Receipt, Result, make_receipt, part_table, write_part
@@ -107,7 +107,7 @@ def s3_folder() -> Iterator[str]:
 
 
 class PartWriter:
-    """What `RayShardWorker` needs of a `phi4ray.batch.worker.ShardWorker`; asks no engine."""
+    """What `ShardCalls` needs of a `phi4ray.batch.worker.ShardWorker`; asks no engine."""
 
     def __init__(self, config: BatchConfig, plan: Plan) -> None:
         self._config, self._plan = config, plan
@@ -140,8 +140,8 @@ class PartWriter:
         return write_part(self._config.output, self._plan, part_table(results, carried, receipt))
 
 
-class RayPartWriter(RayShardWorker):
-    """`RayShardWorker` around a `PartWriter`."""
+class RayPartWriter(ShardCalls):
+    """`ShardCalls` around a `PartWriter`."""
 
     async def _start(self, config: BatchConfig, plan: Plan) -> ShardWorker:
         await super()._start(config, plan)

@@ -44,6 +44,14 @@ STOP_S = 10.0
 """So long workers have to drop what they do."""
 
 
+def logs_wanted() -> bool:
+    """Whether what workers log is to be seen: where somebody said how much of it there shall be.
+
+    Of an engine that cannot start or dies the job tells by itself, and the rest is in Ray's logs.
+    """
+    return "VLLM_LOGGING_LEVEL" in os.environ
+
+
 class RayExecutor:
     """A `phi4ray.batch.executor.Executor` on the Ray cluster that this process is connected to."""
 
@@ -56,7 +64,6 @@ class RayExecutor:
         self._board: Any = None
         self._stats: dict[str, WorkerStats] = {}
         self._idle: dict[str, Idle] = {}
-        # vLLM's start log is of use where it failed, and there its errors are enough.
         self._environment = {"VLLM_LOGGING_LEVEL": "WARNING"} | {
             name: os.environ[name] for name in ENVIRONMENT if name in os.environ
         }
@@ -151,6 +158,7 @@ class RayExecutor:
                     left.pop(receipt.shard, None)
                 if (now := time.monotonic()) - looked_at >= TICK_S:
                     looked_at = now
+                    self._tell()
                     self._look_for_idle(left)
                 yield receipt
         except Exception as error:
@@ -159,6 +167,11 @@ class RayExecutor:
             self.stats()
             self._board = None
             ray.kill(board)
+
+    def _tell(self) -> None:
+        news: list[str] = self._asked("news", [])
+        for line in news:
+            self._console.print(line, style="yellow")
 
     def _look_for_idle(self, left: Mapping[int, None]) -> None:
         """Tell of workers without an engine, and let them go when nothing else is left."""

@@ -53,6 +53,7 @@ class Board:
         self._taken: dict[int, str] = {}
         self._fruitless_starts: dict[str, int] = {}
         self._fruitless_deaths = 0
+        self._news: list[str] = []
         self._failure: Phi4rayError | None = None
 
     def starting(self, worker: str) -> bool:
@@ -92,13 +93,19 @@ class Board:
         """The workers without an engine, while others have one."""
         return {} if self.hopeless() else self._idle
 
-    def engine_died(self, worker: str) -> bool:
+    def engine_died(self, worker: str, why: str) -> bool:
         """Ask whether a worker may be replaced: False after too many deaths in a row."""
         self._fruitless_deaths += 1
         may = self._fruitless_deaths <= MAX_FRUITLESS * max(1, len(self.stats()))
         if may:
             self._starting.add(worker)
+            self._news.append(f"{why}; Ray starts another")
         return may
+
+    def news(self) -> list[str]:
+        """What has happened since the last call, for people."""
+        news, self._news = self._news, []
+        return news
 
     def shard_finished(self, worker: str) -> int | None:
         """Note progress; gives the worker a shard of those without an engine, if there is one.

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 import os
 import platform
 import threading
@@ -23,6 +22,7 @@ from phi4ray.config import BatchConfig
 from phi4ray.engines import make_replica
 from phi4ray.errors import EngineDeadError, EngineStartError, Phi4rayError
 from phi4ray.exporter import export_metrics
+from phi4ray.protocol import Replica
 
 REPORT_S = 0.5
 
@@ -31,11 +31,32 @@ NOTHING = ""
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
+
+CLOSE_S = 10.0
+"""So long a replica has to stop, before Ray kills what is left of it."""
 
 
 class RayShardWorker:
     """A `ray.data.Dataset.map_batches` callable: shard indices in, receipts out.
+
+    Ray Data lets go of it before its actor ends; the engine stops then, which else would be killed
+    under vLLM's eyes and have it log an engine's failure at the end of each job.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        """See `ShardCalls`."""
+        self._calls = ShardCalls(**arguments)
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
+        """See `ShardCalls.__call__`."""
+        return self._calls(batch)
+
+    def __del__(self) -> None:
+        self._calls.close()
+
+
+class ShardCalls:
+    """What a `RayShardWorker` does, on an event loop that refers to it as long as it runs.
 
     Ray calls it from several threads at once, one a shard; all of them wait on one event loop, on
     which the replica runs.
@@ -54,6 +75,7 @@ class RayShardWorker:
         os.environ.pop("OMP_NUM_THREADS", None)
         self._board = board
         self._name = ray.get_runtime_context().get_actor_id() or "driver"
+        self._replica: Replica | None = None
         self._worker: ShardWorker | None = None
         self._left: set[int] = set()
         self._hopeless = asyncio.Event()
@@ -69,7 +91,7 @@ class RayShardWorker:
             telling = self._idle(error)
         else:
             telling = self._report(worker)
-        asyncio.run_coroutine_threadsafe(telling, self._loop)
+        self._run(telling)
 
     async def _start(self, config: BatchConfig, plan: Plan) -> ShardWorker:
         if not await self._board.starting.remote(self._name):
@@ -77,7 +99,7 @@ class RayShardWorker:
                 "the engine's process died at every start: look at its node's memory and at the "
                 "worker logs of this actor in the Ray dashboard"
             )
-        replica = make_replica(config.engine)
+        self._replica = replica = make_replica(config.engine)
         export_metrics(ray.util.get_node_ip_address())
         await replica.start()
         await self._board.started.remote(self._name)
@@ -105,21 +127,29 @@ class RayShardWorker:
         except Phi4rayError as error:
             if isinstance(error, EngineDeadError):
                 with self._dying:  # all shards in flight see the one death, which counts once
-                    if ray.get(self._board.engine_died.remote(self._name)):
-                        logger.error("%s; Ray starts another", error)
+                    if ray.get(self._board.engine_died.remote(self._name, str(error))):
                         # Ray restarts the actor, and gives it the shards that it had.
                         os._exit(1)
             ray.get(self._board.failed.remote(error))
             raise
         return {"receipt": [receipt.model_dump_json() for receipt in receipts] or [NOTHING]}
 
+    def close(self) -> None:
+        """Stop the replica, if there is one."""
+        if self._replica is not None:
+            with contextlib.suppress(TimeoutError):
+                self._run(self._replica.stop()).result(CLOSE_S)
+
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = self._run(work)
         self._running.add(future)
         try:
             return future.result()
         finally:
             self._running.discard(future)
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def _leave(self, shards: Iterable[int]) -> None:
         """Have others answer these shards; ends where there are no others."""

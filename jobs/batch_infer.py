@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
-from cluster.batch import RayExecutor
+from cluster.batch import RayExecutor, logs_wanted
 from cluster.gpus import cluster_gpus
 from cluster.harvest import Board
 from cluster.local import connected
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = new_console()
     try:
         config = configuration(arguments)
-        with connected():
+        with connected(worker_logs=logs_wanted()):
             executor: Executor = RayExecutor(console)
             if arguments.serve:
                 board = Board(arguments.serve)

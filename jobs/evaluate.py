@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
-from cluster.batch import RayExecutor
+from cluster.batch import RayExecutor, logs_wanted
 from cluster.local import connected
 from jobs.flags import (
     ENGINE_FLAGS,
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = new_console()
     try:
         config = configuration(arguments)
-        with contextlib.nullcontext() if config.base_url else connected():
+        with contextlib.nullcontext() if config.base_url else connected(worker_logs=logs_wanted()):
             report = evaluate(
                 config,
                 None if config.base_url else RayExecutor(console),

@@ -1,4 +1,4 @@
-"""Workers whose engine cannot start, or dies and cannot start again, on a cluster of one node.
+"""Workers whose engine cannot start, or dies and cannot start again, or tells when it is stopped.
 
 Importable by Ray's processes. Which of them it is they settle by a file: the first one there.
 """
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.batch import RayExecutor
-from cluster.worker import RayShardWorker
+from cluster.worker import RayShardWorker, ShardCalls
 from phi4ray.batch.plan import Plan
 from phi4ray.batch.worker import ShardWorker
 from phi4ray.config import BatchConfig, EngineConfig
@@ -25,7 +25,7 @@ def first(config: BatchConfig, name: str) -> bool:
     return True
 
 
-class Broken(RayShardWorker):
+class Broken(ShardCalls):
     """The first worker has no engine."""
 
     async def _start(self, config: BatchConfig, plan: Plan) -> ShardWorker:
@@ -35,7 +35,7 @@ class Broken(RayShardWorker):
         return await super()._start(config, plan)
 
 
-class Breaking(RayShardWorker):
+class Breaking(ShardCalls):
     """The first worker to have a shard loses its engine with it, and has none after that."""
 
     def __init__(self, config: BatchConfig, **others: Any) -> None:
@@ -57,10 +57,22 @@ class Breaking(RayShardWorker):
         raise EngineDeadError(f"the engine died in shard {index}")
 
 
+class Stopped(RayShardWorker):
+    """A worker that leaves a file when its replica is stopped."""
+
+    def __init__(self, config: BatchConfig, **others: Any) -> None:
+        super().__init__(config=config, **others)
+
+        async def stop() -> None:
+            first(config, "stopped")
+
+        self._calls._replica.stop = stop  # type: ignore[union-attr, method-assign]
+
+
 class Several(RayExecutor):
     """As many replicas on a node as a test wants."""
 
-    def __init__(self, worker: type[RayShardWorker], *arguments: Any) -> None:
+    def __init__(self, worker: type[Any], *arguments: Any) -> None:
         super().__init__(*arguments)
         self.worker = worker
 

@@ -75,7 +75,8 @@ def test_an_engine_that_died_is_about_to_come_back(clock: Clock) -> None:
     board.starting("a")
     board.idles("a", idle())
     board.started("b")
-    assert board.engine_died("b")
+    assert board.engine_died("b", "the engine died")
+    assert [board.news(), board.news()] == [["the engine died; Ray starts another"], []]
     clock.now += 2 * LOST_S
     assert not board.hopeless()
     board.starting("b")
