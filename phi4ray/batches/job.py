@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class InterruptedJob(Exception):
-    """The runner goes, or another one has ended this batch: nothing more is to be written."""
+    """The runner goes, or another one is further with this batch: nothing more is to be written."""
 
 
 def next_step(state: BatchState) -> Step:
@@ -63,18 +63,19 @@ class Job:
         store: Store,
         key: Key,
         request: BatchRequest,
-        state: BatchState,
+        step: Step,
         config: BatchesConfig,
         engine: EngineConfig,
         executors: Executors,
         clock: Callable[[], float],
     ) -> None:
-        self.key, self.state = key, state
+        self.key, self.step = key, step
+        self.state = self._saved = BatchState()
         self.cancelled = self.interrupted = False
         self._store, self._request, self._config = store, request, config
         self._engine, self._executors, self._clock = engine, executors, clock
         self._stopped: RowError | None = None
-        self._saved, self._saved_s = state, -math.inf
+        self._saved_s = -math.inf
 
     def run(self) -> None:
         """Take the next step of the batch; blocks until it is done.
@@ -83,7 +84,10 @@ class Job:
             InterruptedJob: the step is left to another runner, or is done.
             EngineError, StorageError, ClusterError: a later try may do it.
         """
+        self.state = self._saved = self._store.state(self.key)  # another runner may have gone on
         looked = self._looked()
+        if next_step(looked) == "answer" != self.step:
+            raise InterruptedJob(self.key.id)  # what waits for no engine has no room for it
         if looked != self.state:
             self._save(looked)
         try:
@@ -105,10 +109,18 @@ class Job:
         return states.looked_at(self.state, self._request, cancel_at, self._clock())
 
     def _save(self, state: BatchState) -> None:
-        # Two runners may overlap while one is being replaced; what has ended stays so.
-        if self._store.state(self.key).ended:
+        # Two runners may overlap while one is being replaced. Who comes later goes on from what the
+        # other one wrote: `finalizing_at` is in the names of the files.
+        other = self._store.state(self.key)
+        if other.ended or (other.finalizing_at and not self.state.finalizing_at):
             raise InterruptedJob(self.key.id)
         self._store.write_state(self.key, state)
+        self._is_now(state)
+
+    def _end(self, state: BatchState) -> None:
+        self._is_now(self._store.end_batch(self.key, state))
+
+    def _is_now(self, state: BatchState) -> None:
         if state.status != self._saved.status:
             logger.info(
                 "%s is %s: %d requests, %d answered, %d failed",
@@ -118,7 +130,7 @@ class Job:
         self._saved_s = time.monotonic()
 
     def _fail(self, errors: Sequence[LineError]) -> None:
-        self._save(states.failed(self.state, errors, self._clock()))
+        self._end(states.failed(self.state, errors, self._clock()))
 
     def _validate(self) -> None:
         content = self._store.uri(
@@ -160,7 +172,7 @@ class Job:
         self._save(states.finalizing(self.state, self._clock()))
         finish(config, plan, facts, executor)
         output, error = self._results()
-        self._save(states.ended(self.state, output, error, self._clock()))
+        self._end(states.ended(self.state, output, error, self._clock()))
 
     def _job(self) -> BatchConfig:
         content = self._store.content_name(self.key.owner, self._request.input_file_id)

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from phi4ray.batches import states
 from phi4ray.batches.config import DAY_S, BatchesConfig
 from phi4ray.batches.executors import Executors
-from phi4ray.batches.job import InterruptedJob, Job, Step, next_step
+from phi4ray.batches.job import InterruptedJob, Job, next_step
 from phi4ray.batches.records import BatchRequest, BatchState, age_s
 from phi4ray.batches.store import Key, Store
 from phi4ray.config import EngineConfig
@@ -46,7 +46,7 @@ class Runner:
         self._store = Store(config.store)
         self._wake, self._closed = threading.Event(), threading.Event()
         self._lock = threading.Lock()
-        self._running: dict[Key, tuple[Step, Job]] = {}
+        self._running: dict[Key, Job] = {}
         self._known: dict[Key, tuple[BatchRequest, BatchState]] = {}
         # By the monotonic clock: a wall clock that is set back would make pauses of it.
         self._not_before_s: dict[Key, float] = {}
@@ -68,7 +68,7 @@ class Runner:
         """Stop looking, and leave what runs to the next runner. May be called from any thread."""
         self._closed.set()
         with self._lock:
-            for _, job in self._running.values():
+            for job in self._running.values():
                 job.interrupted = True
         self._wake.set()
 
@@ -90,7 +90,7 @@ class Runner:
             with self._lock:
                 running = self._running.get(key)
             if running is not None:
-                running[1].cancelled = key in cancels
+                running.cancelled = key in cancels
             elif time.monotonic() >= self._not_before_s.get(key, -math.inf):
                 try:
                     self._begin(key, key in cancels, now_s)
@@ -103,7 +103,7 @@ class Runner:
     def answering(self) -> int:
         """How many batches are being answered."""
         with self._lock:
-            return sum(step == "answer" for step, _ in self._running.values())
+            return sum(job.step == "answer" for job in self._running.values())
 
     def _begin(self, key: Key, cancelled: bool, now_s: float) -> None:
         if key not in self._known:
@@ -118,12 +118,12 @@ class Runner:
         cancel_at = int(now_s) if cancelled else None
         step = next_step(states.looked_at(state, request, cancel_at, now_s))
         job = Job(
-            self._store, key, request, state, self._config, self._engine, self._executors,
+            self._store, key, request, step, self._config, self._engine, self._executors,
             self._clock,
         )  # fmt: skip
         job.cancelled = cancelled
         with self._lock:
-            answering = sum(other == "answer" for other, _ in self._running.values())
+            answering = sum(job.step == "answer" for job in self._running.values())
             quick = len(self._running) - answering
             used, room = (
                 (answering, self._config.max_concurrent_batches)
@@ -132,7 +132,7 @@ class Runner:
             )
             if used >= room or self._closed.is_set():
                 return
-            self._running[key] = (step, job)
+            self._running[key] = job
         self._pool.submit(self._run, key, job)
 
     def _run(self, key: Key, job: Job) -> None:

@@ -7,11 +7,14 @@
                                        removes it as the last thing that it does
     cancels/<owner>/<batch>            it is to be cancelled: the door
     states/<owner>/<batch>.json        how far it is: the runner alone
+    ends/<owner>/<batch>.json          how it ended: the runner, once
     answers/<owner>/<batch>/           the batch job's output prefix: the runner
 
-Every object is written by one plain PUT, and is either immutable or has one writer.
+Every object is written by one plain PUT, and is either immutable or has one writer. While one
+runner is being replaced, two may be at work: an end stands whatever either writes of how far it is.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator
 from typing import NamedTuple, TypeVar
@@ -29,7 +32,7 @@ from phi4ray.batches.records import (
     Piece,
 )
 from phi4ray.config import Config
-from phi4ray.errors import ObjectNotFoundError, StorageError
+from phi4ray.errors import ObjectNotFoundError, PreconditionError, StorageError
 from phi4ray.storage import ObjectInfo, join, storage_for
 
 R = TypeVar("R", bound=Config)
@@ -117,12 +120,25 @@ class Store:
         return [key.id for key in self._keys("requests/", BATCH_ID, ".json", owner)]
 
     def state(self, key: Key) -> BatchState:
-        """How far a batch is."""
-        return self._read(f"states/{key.owner}/{key.id}.json", BatchState) or BatchState()
+        """How far a batch is, or how it ended."""
+        for folder in ("ends", "states"):
+            if found := self._read(f"{folder}/{key.owner}/{key.id}.json", BatchState):
+                return found
+        return BatchState()
 
     def write_state(self, key: Key, state: BatchState) -> None:
-        """Write how far a batch is: for the runner."""
+        """Write how far a batch is, which has not ended: for the runner."""
         self._write(f"states/{key.owner}/{key.id}.json", state)
+
+    def end_batch(self, key: Key, state: BatchState) -> BatchState:
+        """Write how a batch ended, for the runner; gives the end that stands.
+
+        Where the store can refuse to overwrite, that is the first of two runners' ends; where it
+        cannot, it may be either.
+        """
+        with contextlib.suppress(PreconditionError):
+            self.storage.write_new(self.uri(f"ends/{key.owner}/{key.id}.json"), _bytes(state))
+        return self.state(key)
 
     def cancel(self, key: Key, now_s: float) -> None:
         """Ask the runner to cancel a batch."""
@@ -195,7 +211,7 @@ class Store:
         return self.storage.list(self.uri(folder))
 
     def _write(self, name: str, record: Config) -> None:
-        self.storage.write(self.uri(name), record.model_dump_json(exclude_none=True).encode())
+        self.storage.write(self.uri(name), _bytes(record))
 
     def _read(self, name: str, model: type[R]) -> R | None:
         uri = self.uri(name)
@@ -205,6 +221,10 @@ class Store:
             return None
         except ValidationError as error:
             raise _no_record(uri) from error
+
+
+def _bytes(record: Config) -> bytes:
+    return record.model_dump_json(exclude_none=True).encode()
 
 
 def _no_record(uri: str) -> StorageError:

@@ -90,13 +90,13 @@ def test_only_files_are_left_of_a_batch_that_ended(client: openai.OpenAI, prefix
     wait(client, batch.id, lambda _: not store.open_batches())
     left = [item.uri.removeprefix(store.root) for item in store.storage.list(store.root)]
     assert sorted({name.split("/")[0] for name in left}) == [
-        "answers", "contents", "files", "requests", "states",
+        "answers", "contents", "ends", "files", "requests", "states",
     ]  # fmt: skip
     assert all(name.endswith(".output.jsonl") for name in left if name.startswith("answers"))
     for file in client.files.list():
         assert client.files.delete(file.id).deleted
     left = [item.uri.removeprefix(store.root) for item in store.storage.list(store.root)]
-    assert sorted({name.split("/")[0] for name in left}) == ["requests", "states"]
+    assert sorted({name.split("/")[0] for name in left}) == ["ends", "requests", "states"]
 
 
 def test_other_endpoints_are_answered_too(client: openai.OpenAI) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import openai
 import pytest
 
-from phi4ray.batches.records import new_file_id
+from phi4ray.batches import states
+from phi4ray.batches.records import BatchState, new_batch_id, new_file_id
 from phi4ray.batches.store import Key, Store
 from tests.batch_service import (
     Clock,
@@ -121,6 +122,44 @@ def test_two_runners_at_once_do_no_harm(tmp_path: Any) -> None:
             answers = rows_of(client, batch.output_file_id)
             assert len(answers) == 60
             assert texts_of(answers) == expected(*range(60))
+
+
+def test_no_late_write_of_another_runner_undoes_an_end(tmp_path: Any) -> None:
+    config = service(str(tmp_path))
+    store = Store(str(tmp_path))
+    with listening(config) as url:
+        client = client_of(url)
+        with running(config):
+            batch = ended(client, create(client, upload(client, line(1))).id)
+            wait(client, batch.id, lambda _: not store.open_batches())
+        key = Key("everyone", batch.id)
+        store.write_state(key, BatchState(status="in_progress", validated=True, total=1))
+        assert client.batches.retrieve(batch.id) == batch
+        with running(config):
+            assert client.batches.retrieve(batch.id) == batch
+
+
+def test_a_batch_that_an_earlier_version_ended_has_ended(tmp_path: Any) -> None:
+    store, key = Store(str(tmp_path)), Key("everyone", new_batch_id(0))
+    store.write_state(key, BatchState(status="completed", completed_at=1))
+    assert store.state(key).ended
+
+
+def test_a_runner_goes_on_from_where_another_one_is(tmp_path: Any) -> None:
+    """It had the batch in hand when the other one began to finalize it."""
+    config = service(str(tmp_path), {"latency_s": 0.2}, batches={"poll_interval_s": 0.01})
+    store = Store(str(tmp_path))
+    with listening(config) as url, running(config):
+        client = client_of(url)
+        batch_id = create(client, upload(client, line(1))).id
+        key = Key("everyone", batch_id)
+        wait(client, batch_id, lambda batch: batch.status == "in_progress")
+        since = int(time.time()) - 60
+        store.write_state(key, states.finalizing(store.state(key), since))
+        batch = ended(client, batch_id)
+        assert batch.finalizing_at == since
+        assert texts_of(rows_of(client, batch.output_file_id)) == expected(1)
+        assert len(client.files.list().data) == 2
 
 
 def test_a_batch_outlives_a_change_of_the_engine_and_not_one_of_the_model(tmp_path: Any) -> None:
