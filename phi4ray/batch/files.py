@@ -19,7 +19,12 @@ from phi4ray.batch.lines import MAX_ROW_BYTES, Line, compression, lines_of, open
 from phi4ray.batch.parquet import open_parquet, read_batches, records_of, unpacked_bytes
 from phi4ray.batch.plan import Input, Slice
 from phi4ray.batch.rows import RESERVED, decode_line, request_members
-from phi4ray.errors import InputChangedError, InputError, PreconditionError
+from phi4ray.errors import (
+    InputChangedError,
+    InputError,
+    ObjectNotFoundError,
+    PreconditionError,
+)
 from phi4ray.protocol import Json, RowError
 from phi4ray.storage import storage_for
 
@@ -81,6 +86,11 @@ class Reader:
             except PreconditionError as error:
                 raise InputChangedError(
                     f"{item.uri} changed after it was planned: start a job with a new --output"
+                ) from error
+            except ObjectNotFoundError as error:
+                raise InputChangedError(
+                    f"{item.uri} was removed after it was planned: restore it, or start a job "
+                    "with a new --output"
                 ) from error
         if len(records.rows) != piece.rows:
             raise InputError(

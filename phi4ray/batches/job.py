@@ -3,37 +3,40 @@
 Every step may be cut off at any point and run again from what the store holds.
 """
 
+import contextlib
 import io
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from rich.console import Console
 
-from phi4ray.batch.executor import Executor
-from phi4ray.batch.manifest import read_receipts
+from phi4ray.batch.executor import InProcessExecutor
+from phi4ray.batch.export import export_part
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import PLAN_NAME, Plan, read_plan
 from phi4ray.batch.planning import obtain_plan
-from phi4ray.batch.run import answer, finish, pending_shards
+from phi4ray.batch.run import answer, finish
 from phi4ray.batch.tally import Tally
 from phi4ray.batches import states
 from phi4ray.batches.config import BatchesConfig
 from phi4ray.batches.executors import Executors, Look, Stats, WatchedExecutor, stopped_executor
-from phi4ray.batches.records import (
-    STOPS,
-    BatchRequest,
-    BatchState,
-    FileRecord,
-    LineError,
-    result_file_id,
-)
+from phi4ray.batches.records import BatchRequest, BatchState, LineError
+from phi4ray.batches.recovery import recover
+from phi4ray.batches.results import result_file
 from phi4ray.batches.store import Key, Store
-from phi4ray.batches.validation import check, lines_of
+from phi4ray.batches.validation import Checked, check, lines_of
 from phi4ray.config import BatchConfig, EngineConfig
-from phi4ray.errors import InputError, ObjectNotFoundError
+from phi4ray.errors import (
+    ConfigError,
+    IncompleteOutputError,
+    InputError,
+    ObjectNotFoundError,
+    Phi4rayError,
+    StorageError,
+)
 from phi4ray.protocol import RowError
 from phi4ray.storage import join
 
@@ -52,7 +55,14 @@ def next_step(state: BatchState) -> Step:
         return "tidy"
     if not state.validated:
         return "validate"
-    return "answer" if state.stop is None else "stop"
+    return "answer" if states.stopping(state) is None else "stop"
+
+
+def counts_of(receipts: Iterable[Receipt]) -> tuple[int, int]:
+    """How many rows of some parts are answered, and how many failed."""
+    counts = [(receipt.rows, receipt.error_rows) for receipt in receipts]
+    errors = sum(failed for _, failed in counts)
+    return sum(rows for rows, _ in counts) - errors, errors
 
 
 class Job:
@@ -76,6 +86,7 @@ class Job:
         self._engine, self._executors, self._clock = engine, executors, clock
         self._stopped: RowError | None = None
         self._saved_s = -math.inf
+        self._planned: Plan | None = None
 
     def run(self) -> None:
         """Take the next step of the batch; blocks until it is done.
@@ -98,9 +109,17 @@ class Job:
                     self._answer()
                 case "tidy":
                     pass
-        except InputError as error:  # which trying again cannot mend
-            logger.error("%s failed: %s", self.key.id, error)
-            self._fail([LineError(code="invalid_file", message=str(error))])
+        except (InterruptedJob, StorageError):
+            raise
+        except Exception as error:
+            # Trying again cannot mend a file; and what is stopped ends, come what may.
+            if not isinstance(error, InputError) and states.stopping(self.state) is None:
+                raise
+            logger.error(
+                "%s ends with the answers that it has: %s", self.key.id, error,
+                exc_info=not isinstance(error, Phi4rayError),
+            )  # fmt: skip
+            self._conclude(error)
         if self.state.ended:
             self._tidy()
 
@@ -129,17 +148,21 @@ class Job:
         self.state = self._saved = state
         self._saved_s = time.monotonic()
 
-    def _fail(self, errors: Sequence[LineError]) -> None:
-        self._end(states.failed(self.state, errors, self._clock()))
-
     def _validate(self) -> None:
+        checked = self._checked()
+        if checked.errors:
+            self._end(states.failed(self.state, checked.errors, self._clock()))
+        else:
+            self._save(states.validated(self.state, checked.rows, self._clock()))
+
+    def _checked(self) -> Checked:
         content = self._store.uri(
             self._store.content_name(self.key.owner, self._request.input_file_id)
         )
         limit = int(self._config.max_row_mib * (1 << 20))
         try:
             with self._store.storage.open(content) as stream:
-                checked = check(
+                return check(
                     lines_of(stream, limit),
                     self._request.endpoint,
                     self._engine.model_name,
@@ -148,30 +171,52 @@ class Job:
                 )
         except ObjectNotFoundError as error:
             raise InputError(f"the file {self._request.input_file_id} is gone") from error
-        if checked.errors:
-            self._fail(checked.errors)
-        else:
-            self._save(states.validated(self.state, checked.rows, self._clock()))
 
     def _answer(self) -> None:
         config = self._job()
-        self._stopped = STOPS[self.state.stop] if self.state.stop else None
-        inner = stopped_executor(self._stopped) if self._stopped else self._executors(self._stop)
-        plan = self._plan(config, inner)
+        plan = self._planned = self._plan(config)
         was, now = plan.identity["engine.model_name"], self._engine.model_name
         if was != now:
             message = f"The batch began with the model {was!r}; the service now has {now!r}."
-            self._fail([LineError(code="model_not_found", message=message)])
-            return
-        pending = pending_shards(config, plan)
-        done = [shard.index for shard in plan.shards if shard.index not in pending]
-        executor = WatchedExecutor(
-            inner, self._looks(plan, read_receipts(config.output, plan, done))
-        )
+            self._refuse([LineError(code="model_not_found", message=message)])
+        self._stopped = states.stopping(self.state)
+        inner = stopped_executor(self._stopped) if self._stopped else self._executors(self._stop)
+        done = recover(config.output, plan)
+        pending = dict.fromkeys(one.index for one in plan.shards if one.index not in done)
+        executor = WatchedExecutor(inner, self._looks(plan, done.values()))
         facts = answer(config, plan, pending, executor, Console(file=io.StringIO(), quiet=True))
         self._save(states.finalizing(self.state, self._clock()))
         finish(config, plan, facts, executor)
-        output, error = self._results()
+        self._end_with_files(plan)
+
+    def _refuse(self, errors: Sequence[LineError]) -> None:
+        if errors and states.stopping(self.state) is None:
+            self._save(states.refused(self.state, errors))
+
+    def _conclude(self, error: Exception) -> None:
+        """End with what is answered; the other rows are in no file."""
+        plan, output = self._planned, self._store.answers(self.key)
+        told = LineError(code="invalid_file", message=str(error))
+        state = states.refused(self.state, [told])
+        if plan is None:
+            self._end(states.ended(state, None, None, self._clock()))
+            return
+        done = recover(output, plan)
+        state = states.counted(state, *counts_of(done.values()))
+        self._save(states.finalizing(state, self._clock()))
+        for shard in done:
+            with contextlib.suppress(IncompleteOutputError):  # it cannot be kept
+                export_part(output, plan, shard)
+        self._end_with_files(plan)
+
+    def _end_with_files(self, plan: Plan) -> None:
+        made = self.state.finalizing_at
+        assert made is not None
+        life_s = self._request.output_expires_after_s or self._config.output_expiry_s
+        output, error = (
+            result_file(self._store, self.key, plan, kind, made, life_s)
+            for kind in ("output", "error")
+        )
         self._end(states.ended(self.state, output, error, self._clock()))
 
     def _job(self) -> BatchConfig:
@@ -186,19 +231,30 @@ class Job:
             max_row_mib=self._config.max_row_mib,
         )
 
-    def _plan(self, config: BatchConfig, executor: Executor) -> Plan:
-        """The plan that there is, though the engine's settings may have changed since."""
+    def _plan(self, config: BatchConfig) -> Plan:
+        """The plan that there is, whatever engine settings have changed since; or a new one.
+
+        A row that asks for a model which the service had when it was validated is not answered by
+        another one.
+        """
         uri = join(config.output, PLAN_NAME)
         try:
             return read_plan(self._store.storage.read(uri), uri)
         except ObjectNotFoundError:
-            return obtain_plan(config, executor)
+            pass
+        except ConfigError as error:
+            logger.warning("%s is planned again: %s", self.key.id, error)
+            self._store.storage.delete(uri)
+        if states.stopping(self.state) is None:
+            wrong = [one for one in self._checked().errors if one.code == "model_not_found"]
+            self._refuse(wrong)
+        return obtain_plan(config, InProcessExecutor())
 
-    def _looks(self, plan: Plan, done: Sequence[Receipt]) -> Look:
+    def _looks(self, plan: Plan, done: Iterable[Receipt]) -> Look:
         """What is done at every tick: counts, and whether to stop."""
-        rows, errors = sum(r.rows for r in done), sum(r.error_rows for r in done)
-        tally = Tally(plan.rows, rows)
-        self.state = states.counted(self.state, rows - errors, errors)
+        answered, errors = counts_of(done)
+        tally = Tally(plan.rows, answered + errors)
+        self.state = states.counted(self.state, answered, errors)
 
         def look(receipt: Receipt | None, stats: Stats) -> None:
             if self.interrupted:
@@ -212,37 +268,12 @@ class Job:
             due = time.monotonic() - self._saved_s >= self._config.poll_interval_s
             if looked.stop != self.state.stop or (due and looked != self._saved):
                 self._save(looked)
-            if looked.stop is not None:
-                self._stopped = STOPS[looked.stop]
+            self._stopped = states.stopping(looked)
 
         return look
 
     def _stop(self) -> RowError | None:
         return self._stopped
-
-    def _results(self) -> tuple[str | None, str | None]:
-        """Make the files of answers and of errors known; None for one that would be empty."""
-        made = self.state.finalizing_at
-        assert made is not None
-        life_s = self._request.output_expires_after_s or self._config.output_expiry_s
-        found: list[str | None] = []
-        kinds: tuple[tuple[Literal["output", "error"], str], ...] = (
-            ("output", ".output.jsonl"), ("error", ".errors.jsonl"),
-        )  # fmt: skip
-        for kind, ending in kinds:
-            pieces = self._store.pieces(self.key, ending)
-            record = FileRecord(
-                id=result_file_id(self.key.id, kind, made),
-                filename=f"{self.key.id}_{kind}.jsonl",
-                purpose="batch_output",
-                created_at=made,
-                expires_at=None if life_s is None else int(made + life_s),
-                pieces=pieces,
-            )
-            if pieces:
-                self._store.write_file(self.key.owner, record)
-            found.append(record.id if pieces else None)
-        return found[0], found[1]
 
     def _tidy(self) -> None:
         """Remove what the job needed and nobody can ask for, and last of all the open mark."""

@@ -1,13 +1,14 @@
 """How a batch goes from state to state. Pure: times are given, in Unix seconds.
 
-validating ─▶ in_progress ─▶ finalizing ─▶ completed | expired
+validating ─▶ in_progress ─▶ finalizing ─▶ completed | expired | failed
     │  └──────────┬─▶ cancelling ─▶ cancelled
     └─▶ failed ◀──┘
 """
 
 from collections.abc import Sequence
 
-from phi4ray.batches.records import BatchRequest, BatchState, LineError
+from phi4ray.batches.records import STOPS, BatchRequest, BatchState, LineError
+from phi4ray.protocol import RowError
 
 
 def validated(state: BatchState, rows: int, now_s: float) -> BatchState:
@@ -30,6 +31,20 @@ def failed(state: BatchState, errors: Sequence[LineError], now_s: float) -> Batc
     )
 
 
+def refused(state: BatchState, errors: Sequence[LineError]) -> BatchState:
+    """No more of its rows can be answered: it ends `failed`, with the answers that it has."""
+    return state if state.errors else state.model_copy(update={"errors": tuple(errors)})
+
+
+def stopping(state: BatchState) -> RowError | None:
+    """What its rows without an answer get; None while they are to be answered."""
+    if state.stop is not None:
+        return STOPS[state.stop]
+    if state.errors:
+        return RowError(state.errors[0].code, state.errors[0].message)
+    return None
+
+
 def looked_at(
     state: BatchState, request: BatchRequest, cancel_at: int | None, now_s: float
 ) -> BatchState:
@@ -47,7 +62,7 @@ def looked_at(
                 "cancelling_at": cancel_at,
             }
         )
-    if now_s >= request.expires_at:
+    if now_s >= request.expires_at and not state.errors:
         return state.model_copy(update={"stop": "batch_expired"})
     return state
 
@@ -69,9 +84,11 @@ def ended(
     state: BatchState, output_file_id: str | None, error_file_id: str | None, now_s: float
 ) -> BatchState:
     """The files are there."""
-    status = {None: "completed", "batch_cancelled": "cancelled", "batch_expired": "expired"}[
-        state.stop
-    ]
+    status = {
+        None: "failed" if state.errors else "completed",
+        "batch_cancelled": "cancelled",
+        "batch_expired": "expired",
+    }[state.stop]
     return state.model_copy(
         update={
             "status": status,
