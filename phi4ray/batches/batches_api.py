@@ -64,20 +64,25 @@ class BatchesApi:
     async def cancel(self, request: Request) -> Response:
         """`POST /v1/batches/{id}/cancel`: rows that are answered stay."""
         key = _key(request)
-        batch = await self._door.thread(self._shown, key.owner, key.id)
-        status = None if batch is None else batch["status"]
-        if status in ("finalizing", "completed", "failed", "expired"):
-            message = f"Cannot cancel a batch with status '{status}'."
-            raise ApiError(400, "invalid_status", message)
-        if status in ("validating", "in_progress"):
+        batch = await self._found(key)
+        if batch["status"] in ("validating", "in_progress"):
             await self._door.thread(self._store.cancel, key, self._door.clock())
-        return await self._answer(key)
+            # Only what is not finalizing after that is sure to see it: the runner looks once more
+            # when it is.
+            batch = await self._found(key)
+        if batch["status"] not in ("cancelling", "cancelled"):
+            message = f"Cannot cancel a batch with status '{batch['status']}'."
+            raise ApiError(400, "invalid_status", message)
+        return JSONResponse(batch)
 
     async def _answer(self, key: Key) -> Response:
+        return JSONResponse(await self._found(key))
+
+    async def _found(self, key: Key) -> Json:
         found = await self._door.thread(self._shown, key.owner, key.id)
         if found is None:
             raise ApiError(404, "not_found", f"No batch found with id '{key.id}'.", "batch_id")
-        return JSONResponse(found)
+        return found
 
     def _shown(self, owner: str, batch_id: str) -> Json | None:
         key = Key(owner, batch_id)

@@ -185,7 +185,7 @@ class Job:
         pending = dict.fromkeys(one.index for one in plan.shards if one.index not in done)
         executor = WatchedExecutor(inner, self._looks(plan, done.values()))
         facts = answer(config, plan, pending, executor, Console(file=io.StringIO(), quiet=True))
-        self._save(states.finalizing(self.state, self._clock()))
+        self._finalize(self.state)
         finish(config, plan, facts, executor)
         self._end_with_files(plan)
 
@@ -199,11 +199,10 @@ class Job:
         told = LineError(code="invalid_file", message=str(error))
         state = states.refused(self.state, [told])
         if plan is None:
-            self._end(states.ended(state, None, None, self._clock()))
+            self._end(states.ended(self._cancelled(state), None, None, self._clock()))
             return
         done = recover(output, plan)
-        state = states.counted(state, *counts_of(done.values()))
-        self._save(states.finalizing(state, self._clock()))
+        self._finalize(states.counted(state, *counts_of(done.values())))
         for shard in done:
             with contextlib.suppress(IncompleteOutputError):  # it cannot be kept
                 export_part(output, plan, shard)
@@ -217,7 +216,15 @@ class Job:
             result_file(self._store, self.key, plan, kind, made, life_s)
             for kind in ("output", "error")
         )
-        self._end(states.ended(self.state, output, error, self._clock()))
+        # From `finalizing` on the door takes no wish to cancel; those that it took are here.
+        state = self._cancelled(self.state)
+        self._end(states.ended(state, output, error, self._clock()))
+
+    def _finalize(self, state: BatchState) -> None:
+        self._save(states.finalizing(self._cancelled(state), self._clock()))
+
+    def _cancelled(self, state: BatchState) -> BatchState:
+        return states.cancelled(state, self._store.cancel_at(self.key))
 
     def _job(self) -> BatchConfig:
         content = self._store.content_name(self.key.owner, self._request.input_file_id)

@@ -157,7 +157,8 @@ def shown_batch(
 ) -> Json:
     """OpenAI's batch object. `cancel_at`: when its cancelling was asked for."""
     status, cancelling_at = state.status, state.cancelling_at
-    if cancel_at is not None and status in ("validating", "in_progress"):
+    open_to_it = status in ("validating", "in_progress") and state.stop is None
+    if cancel_at is not None and open_to_it:
         status, cancelling_at = "cancelling", cancel_at
     errors = [error.model_dump() for error in state.errors]
     return {

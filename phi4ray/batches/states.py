@@ -55,16 +55,20 @@ def looked_at(
     if state.stop is not None or state.finalizing_at is not None or state.ended:
         return state
     if cancel_at is not None:
-        return state.model_copy(
-            update={
-                "status": "cancelling",
-                "stop": "batch_cancelled",
-                "cancelling_at": cancel_at,
-            }
-        )
+        return cancelled(state, cancel_at)
     if now_s >= request.expires_at and not state.errors:
         return state.model_copy(update={"stop": "batch_expired"})
     return state
+
+
+def cancelled(state: BatchState, cancel_at: int | None) -> BatchState:
+    """It is to be cancelled, if anybody asked for that: also when its last row has its answer."""
+    if cancel_at is None or state.stop is not None:
+        return state
+    status = "cancelling" if state.finalizing_at is None else state.status
+    return state.model_copy(
+        update={"status": status, "stop": "batch_cancelled", "cancelling_at": cancel_at}
+    )
 
 
 def counted(state: BatchState, completed: int, failed: int) -> BatchState:

@@ -63,8 +63,10 @@ def lives(draw: st.DrawFn) -> list[BatchState]:
             case "answer" | "stop":
                 state = states.finalizing(state, now_s)
                 if not draw(st.booleans()):
-                    state = states.ended(state, "o", None, now_s)
+                    state = states.ended(states.cancelled(state, cancel_at), "o", None, now_s)
         life.append(state)
+    if cancel_at is not None and life[-1].stop is None:
+        assert life[-1].status == "failed"  # and never completed
     return life
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import openai
 import pytest
 
-from phi4ray.batches.store import Store
+from phi4ray.batches import states
+from phi4ray.batches.records import BatchState
+from phi4ray.batches.store import Key, Store
 from tests.batch_service import (
     CHAT,
     Clock,
@@ -165,6 +167,37 @@ def test_cancelling_keeps_finished_rows(client: openai.OpenAI, prefix: str) -> N
         assert sorted(ids) == sorted(f"r{number}" for number in range(200))
         assert counts(batch) == (200, len(answers), len(errors))
         assert slow.batches.cancel(batch_id).status == "cancelled"
+
+
+def test_a_cancel_that_was_taken_never_ends_completed(tmp_path: Any) -> None:
+    """Though the runner does not look for it before the last row has its answer."""
+    config = service(str(tmp_path), {"latency_s": 1}, batches={"poll_interval_s": 60})
+    with listening(config) as url:
+        client = client_of(url)
+        batch_id = create(client, upload(client, line(1))).id
+        with running(config):
+            wait(client, batch_id, lambda batch: batch.status == "in_progress")
+            assert client.batches.cancel(batch_id).status == "cancelling"
+            batch = ended(client, batch_id)
+        assert batch.status == "cancelled"
+        assert batch.cancelling_at
+        assert texts_of(rows_of(client, batch.output_file_id)) == expected(1)
+
+
+def test_a_cancel_that_comes_too_late_is_not_taken(tmp_path: Any, monkeypatch: Any) -> None:
+    store, cancel = Store(str(tmp_path)), Store.cancel
+
+    def late(self: Store, key: Key, now_s: float) -> None:
+        state = states.validated(BatchState(), 1, now_s)
+        store.write_state(key, states.finalizing(state, now_s))
+        cancel(self, key, now_s)
+
+    monkeypatch.setattr(Store, "cancel", late)
+    with listening(service(str(tmp_path))) as url:
+        client = client_of(url)
+        batch_id = create(client, upload(client, line(1))).id
+        with pytest.raises(openai.BadRequestError, match="finalizing"):
+            client.batches.cancel(batch_id)
 
 
 def test_a_batch_that_ended_cannot_be_cancelled(client: openai.OpenAI) -> None:

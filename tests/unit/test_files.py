@@ -388,6 +388,11 @@ def test_an_input_that_changed_is_told_from_one_that_broke(tmp_path: Path) -> No
     for piece in pieces:
         with pytest.raises(InputChangedError, match="changed after it was planned"):
             reader.read(piece)
+    for path in (tmp_path / "in").iterdir():
+        path.unlink()
+    for piece in pieces:
+        with pytest.raises(InputChangedError, match="removed after it was planned"):
+            reader.read(piece)
 
 
 def test_a_parquet_page_that_is_corrupt_fails_the_file_by_name(tmp_path: Path) -> None:
