@@ -146,7 +146,8 @@ class FilesApi:
                 while data := await self._door.thread(stream.read, BUFFER_BYTES):
                     yield data
             finally:
-                stream.close()
+                # Where the client hung up in a read, this waits for it; and this task is cancelled.
+                await asyncio.shield(self._door.thread(stream.close))
 
     async def delete(self, request: Request) -> Response:
         """`DELETE /v1/files/{id}`, unless a batch that has not ended reads it."""

@@ -1,7 +1,9 @@
 """The Batch API's HTTP door: what it takes, refuses and lists, and how little it holds."""
 
+import io
 import json
 import socket
+import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import pytest
 
 from jobs.serve import configuration, parser
 from phi4ray.batches.store import Store
+from phi4ray.storage.local import LocalStorage
 from tests.batch_service import (
     CHAT,
     client_of,
@@ -197,6 +200,50 @@ def test_a_file_goes_in_and_out_without_being_held(tmp_path: Any) -> None:
             tracemalloc.stop()
     assert sent["bytes"] == received == size
     assert peak < 30 << 20
+
+
+def test_a_client_that_hangs_up_in_a_download_stops_nobody_else(
+    tmp_path: Any, monkeypatch: Any
+) -> None:
+    began, go_on, closed = (threading.Event() for _ in range(3))
+
+    class Slow(io.RawIOBase):
+        """The store's answer, which comes only when the test says so."""
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, _: Any) -> int:
+            began.set()
+            go_on.wait(20)
+            return 0
+
+        def close(self) -> None:
+            super().close()
+            closed.set()
+
+    config = service(str(tmp_path))
+    with listening(config) as url, httpx.Client(base_url=url, timeout=5) as client:
+        file_id = upload(client_of(url), line(0))
+        opened = LocalStorage.open
+
+        def slow(self: Any, uri: str, **options: Any) -> Any:
+            found = opened(self, uri, **options)
+            return io.BufferedReader(Slow()) if "/contents/" in uri else found
+
+        monkeypatch.setattr(LocalStorage, "open", slow)
+        address = httpx.URL(url)
+        with socket.create_connection((address.host, address.port or 0)) as connection:
+            asked = f"GET /v1/files/{file_id}/content HTTP/1.1\r\nhost: x\r\n\r\n"
+            connection.sendall(asked.encode())
+            assert began.wait(5)
+        try:
+            for _ in range(3):
+                assert client.get("/health").status_code == 200
+                time.sleep(0.02)
+        finally:
+            go_on.set()
+        assert closed.wait(5)
 
 
 def test_an_upload_that_is_cut_off_is_no_file(tmp_path: Any) -> None:
