@@ -47,8 +47,16 @@ def new_batch_id(now_s: float) -> str:
 
 def result_file_id(batch_id: str, kind: Literal["output", "error"], now_s: float) -> str:
     """The id of a batch's file: the same however often the end of the batch is run again."""
-    digest = hashlib.sha256(f"{batch_id} {kind}".encode()).hexdigest()
-    return f"file-{_ms(now_s)}{digest[:20]}"
+    return f"file-{_ms(now_s)}{_digest(batch_id, kind)}"
+
+
+def is_result(file_id: str, batch_id: str) -> bool:
+    """Whether a file is a batch's, by its id."""
+    return file_id.endswith((_digest(batch_id, "output"), _digest(batch_id, "error")))
+
+
+def _digest(batch_id: str, kind: str) -> str:
+    return hashlib.sha256(f"{batch_id} {kind}".encode()).hexdigest()[:20]
 
 
 def _ms(now_s: float) -> str:

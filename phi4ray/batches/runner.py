@@ -19,6 +19,7 @@ from phi4ray.batches.executors import Executors
 from phi4ray.batches.job import InterruptedJob, Job, next_step
 from phi4ray.batches.records import BatchRequest, BatchState, age_s
 from phi4ray.batches.store import Key, Store
+from phi4ray.batches.sweep import sweep
 from phi4ray.config import EngineConfig
 from phi4ray.errors import Phi4rayError, StorageError
 
@@ -167,23 +168,5 @@ class Runner:
             logger.exception("a look at the batches failed")
 
     def sweep(self) -> None:
-        """Remove expired files, and uploads that never became files.
-
-        Raises:
-            StorageError: the store refused.
-        """
-        now_s = self._clock()
-        used = set()
-        for key in self._store.open_batches():
-            request = self._store.request(key)
-            if request is not None:
-                used.add((key.owner, request.input_file_id))
-        known = set()
-        for owner, record in self._store.all_files():
-            known.add((owner, record.id))
-            if record.expired(now_s) and (owner, record.id) not in used:
-                self._store.delete_file(owner, record)
-        for owner, file_id in self._store.contents():
-            if (owner, file_id) not in known and age_s(file_id, now_s) > DAY_S:
-                name = self._store.content_name(owner, file_id)
-                self._store.storage.delete(self._store.uri(name))
+        """See `phi4ray.batches.sweep`."""
+        sweep(self._store, self._clock())

@@ -15,6 +15,7 @@ runner is being replaced, two may be at work: an end stands whatever either writ
 """
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterator
 from typing import NamedTuple, TypeVar
@@ -32,10 +33,17 @@ from phi4ray.batches.records import (
     Piece,
 )
 from phi4ray.config import Config
-from phi4ray.errors import ObjectNotFoundError, PreconditionError, StorageError
+from phi4ray.errors import (
+    ObjectNotFoundError,
+    PreconditionError,
+    StorageError,
+    TransientStorageError,
+)
 from phi4ray.storage import ObjectInfo, join, storage_for
 
 R = TypeVar("R", bound=Config)
+
+logger = logging.getLogger(__name__)
 
 
 class Key(NamedTuple):
@@ -87,15 +95,24 @@ class Store:
         self.storage.delete(self.uri(f"files/{owner}/{record.id}.json"))
         threaded(self.storage.delete, [self.uri(piece.name) for piece in record.pieces])
 
-    def all_files(self) -> list[tuple[str, FileRecord]]:
-        """Every owner's files."""
+    def all_files(self) -> tuple[dict[Key, FileRecord], set[Key]]:
+        """Every owner's files, and those whose records cannot be read."""
+
+        def read(key: Key) -> FileRecord | StorageError | None:
+            try:
+                return self.file(key.owner, key.id)
+            except TransientStorageError:
+                raise
+            except StorageError as error:
+                logger.error("a file is passed over: %s", error)
+                return error
+
         keys = list(self._keys("files/", FILE_ID, ".json"))
-        records = threaded(lambda key: self.file(key.owner, key.id), keys)
-        return [
-            (key.owner, record)
-            for key, record in zip(keys, records, strict=True)
-            if record is not None
-        ]
+        found = dict(zip(keys, threaded(read, keys), strict=True))
+        return (
+            {key: record for key, record in found.items() if isinstance(record, FileRecord)},
+            {key for key, record in found.items() if isinstance(record, StorageError)},
+        )
 
     def contents(self) -> list[Key]:
         """Owner and file id of every upload's content, whether it has a record or not."""
@@ -180,6 +197,16 @@ class Store:
     def answers(self, key: Key) -> str:
         """The output prefix of a batch's job."""
         return self.uri(f"answers/{key.owner}/{key.id}")
+
+    def all_answers(self) -> dict[Key, list[str]]:
+        """The names of all objects of all batches' answers."""
+        found: dict[Key, list[str]] = {}
+        for item in self._list("answers/"):
+            name = item.uri.removeprefix(self.root)
+            _, owner, batch_id, *_ = *name.split("/"), "", ""
+            if BATCH_ID.fullmatch(batch_id):
+                found.setdefault(Key(owner, batch_id), []).append(name)
+        return found
 
     def pieces(self, key: Key, ending: str) -> tuple[Piece, ...]:
         """The objects of a batch's answers whose names end so, in order."""

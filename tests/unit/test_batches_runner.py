@@ -9,6 +9,7 @@ import pytest
 from phi4ray.batches import states
 from phi4ray.batches.records import BatchState, new_batch_id, new_file_id
 from phi4ray.batches.store import Key, Store
+from phi4ray.batches.sweep import sweep
 from tests.batch_service import (
     Clock,
     client_of,
@@ -92,7 +93,7 @@ def test_expired_files_are_gone_and_then_swept(tmp_path: Any) -> None:
         clock.forward_s = 7300
         assert [one.id for one in client.files.list()] == [file_id]
         runner.sweep()
-        assert [record.id for _, record in store.all_files()] == [file_id]
+        assert list(store.all_files()[0]) == [Key("everyone", file_id)]
         assert store.contents() == [("everyone", file_id)]
         assert list(store.storage.list(store.uri("answers/"))) == []
 
@@ -234,3 +235,73 @@ def test_one_tenants_long_queue_is_not_before_anothers_batch(tmp_path: Any) -> N
             ended(one, last)
             assert many.batches.retrieve(queue[-1]).status == "in_progress"
             assert all(ended(many, batch_id).status == "completed" for batch_id in queue)
+
+
+# Sweeping
+
+
+def test_what_is_of_no_batch_and_no_file_is_swept_from_the_answers(tmp_path: Any) -> None:
+    """As a runner leaves it that wrote after another one had ended the batch."""
+    clock = Clock()
+    config = service(str(tmp_path))
+    store = Store(str(tmp_path))
+
+    def left() -> set[str]:
+        return {name for names in store.all_answers().values() for name in names}
+
+    with listening(config) as url, running(config):
+        client = client_of(url)
+        kept, deleted = (
+            ended(client, create(client, upload(client, line(number))).id) for number in range(2)
+        )
+        wait(client, deleted.id, lambda _: not store.open_batches())
+        output = left()
+        waiting = new_batch_id(time.time())
+        for batch_id in (kept.id, deleted.id, waiting):
+            store.storage.write(store.uri(f"answers/everyone/{batch_id}/_parts/late"), b"")
+        assert deleted.output_file_id
+        store.storage.delete(store.uri(f"files/everyone/{deleted.output_file_id}.json"))
+    store.storage.write(store.uri(f"open/everyone/{waiting}"), b"")
+    store.cancel(Key("everyone", deleted.id), 0)
+    before = left()
+    sweep(store, clock())
+    assert left() == before  # a runner may be at it yet
+    clock.forward_s = 25 * 3600
+    sweep(store, clock())
+    assert left() == {name for name in output if kept.id in name} | {
+        f"answers/everyone/{waiting}/_parts/late"
+    }
+    assert store.cancels() == set()
+
+
+def test_a_record_that_cannot_be_read_stops_no_sweep(tmp_path: Any) -> None:
+    clock = Clock()
+    config = service(str(tmp_path))
+    store = Store(str(tmp_path))
+    with listening(config) as url, running(config):
+        client = client_of(url)
+        batch = ended(client, create(client, upload(client, line(1))).id)
+        wait(client, batch.id, lambda _: not store.open_batches())
+    store.storage.write(store.uri(f"files/everyone/{batch.output_file_id}.json"), b"{")
+    lost = store.content_name("everyone", new_file_id(0))
+    store.storage.write(store.uri(lost), b"")
+    clock.forward_s = 31 * 24 * 3600
+    sweep(store, clock())
+    files, unreadable = store.all_files()
+    assert files == {}
+    assert [key.id for key in unreadable] == [batch.output_file_id]
+    assert store.contents() == []
+    assert list(store.all_answers()) == [Key("everyone", batch.id)]
+
+
+def test_while_a_request_cannot_be_read_its_owners_inputs_stay(tmp_path: Any) -> None:
+    clock = Clock()
+    store = Store(str(tmp_path))
+    with listening(service(str(tmp_path))) as url:
+        client = client_of(url)
+        file_id = upload(client, line(1))
+        batch_id = create(client, file_id).id
+    store.storage.write(store.uri(f"requests/everyone/{batch_id}.json"), b"{")
+    clock.forward_s = 31 * 24 * 3600
+    sweep(store, clock())
+    assert list(store.all_files()[0]) == [Key("everyone", file_id)]
