@@ -30,7 +30,9 @@ class BatchesConfig(Config):
     output_expiry_s: float | None = Field(
         30 * DAY_S, gt=0, description="Life of a batch's files where the batch does not say it"
     )
-    max_concurrent_batches: int = Field(4, ge=1, description="Batches that are answered at once")
+    max_concurrent_batches: int = Field(
+        4, ge=1, description="Batches that are answered at once; their owners take turns"
+    )
     shard_rows: int = Field(500, ge=1, description="Rows that a crash may cost to answer again")
     poll_interval_s: float = Field(
         2.0, gt=0, description="Between looks at the store, and between writes of a batch's counts"

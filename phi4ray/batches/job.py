@@ -79,10 +79,10 @@ class Job:
         executors: Executors,
         clock: Callable[[], float],
     ) -> None:
-        self.key, self.step = key, step
+        self.key, self.request, self.step = key, request, step
         self.state = self._saved = BatchState()
         self.cancelled = self.interrupted = False
-        self._store, self._request, self._config = store, request, config
+        self._store, self._config = store, config
         self._engine, self._executors, self._clock = engine, executors, clock
         self._stopped: RowError | None = None
         self._saved_s = -math.inf
@@ -125,7 +125,7 @@ class Job:
 
     def _looked(self) -> BatchState:
         cancel_at = self._store.cancel_at(self.key) if self.cancelled else None
-        return states.looked_at(self.state, self._request, cancel_at, self._clock())
+        return states.looked_at(self.state, self.request, cancel_at, self._clock())
 
     def _save(self, state: BatchState) -> None:
         # Two runners may overlap while one is being replaced. Who comes later goes on from what the
@@ -157,20 +157,20 @@ class Job:
 
     def _checked(self) -> Checked:
         content = self._store.uri(
-            self._store.content_name(self.key.owner, self._request.input_file_id)
+            self._store.content_name(self.key.owner, self.request.input_file_id)
         )
         limit = int(self._config.max_row_mib * (1 << 20))
         try:
             with self._store.storage.open(content) as stream:
                 return check(
                     lines_of(stream, limit),
-                    self._request.endpoint,
+                    self.request.endpoint,
                     self._engine.model_name,
                     self._config.max_file_rows,
                     limit,
                 )
         except ObjectNotFoundError as error:
-            raise InputError(f"the file {self._request.input_file_id} is gone") from error
+            raise InputError(f"the file {self.request.input_file_id} is gone") from error
 
     def _answer(self) -> None:
         config = self._job()
@@ -211,7 +211,7 @@ class Job:
     def _end_with_files(self, plan: Plan) -> None:
         made = self.state.finalizing_at
         assert made is not None
-        life_s = self._request.output_expires_after_s or self._config.output_expiry_s
+        life_s = self.request.output_expires_after_s or self._config.output_expiry_s
         output, error = (
             result_file(self._store, self.key, plan, kind, made, life_s)
             for kind in ("output", "error")
@@ -227,12 +227,12 @@ class Job:
         return states.cancelled(state, self._store.cancel_at(self.key))
 
     def _job(self) -> BatchConfig:
-        content = self._store.content_name(self.key.owner, self._request.input_file_id)
+        content = self._store.content_name(self.key.owner, self.request.input_file_id)
         return BatchConfig(
             input=(self._store.uri(content),),
             output=self._store.answers(self.key),
             engine=self._engine,
-            endpoint=self._request.endpoint,
+            endpoint=self.request.endpoint,
             output_format="openai-jsonl",
             shard_rows=self._config.shard_rows,
             max_row_mib=self._config.max_row_mib,

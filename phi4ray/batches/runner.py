@@ -9,17 +9,18 @@ import logging
 import math
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 
+from phi4ray.batch.executor import threaded
 from phi4ray.batches import states
 from phi4ray.batches.config import DAY_S, BatchesConfig
 from phi4ray.batches.executors import Executors
-from phi4ray.batches.job import InterruptedJob, Job, next_step
+from phi4ray.batches.job import InterruptedJob, Job, Step, next_step
 from phi4ray.batches.records import BatchRequest, BatchState, age_s
 from phi4ray.batches.store import Key, Store
 from phi4ray.batches.sweep import sweep
+from phi4ray.batches.turns import turns
 from phi4ray.config import EngineConfig
 from phi4ray.errors import Phi4rayError, StorageError
 
@@ -85,18 +86,15 @@ class Runner:
         for key in set(self._known) - set(batches):
             self._known.pop(key, None)
         with self._lock:
-            busy = Counter(key.owner for key in self._running)
-        # Who has fewer batches at work goes first: nobody's long queue is before the others.
-        for key in sorted(batches, key=lambda key: (busy[key.owner], key.id)):
-            with self._lock:
-                running = self._running.get(key)
-            if running is not None:
-                running.cancelled = key in cancels
-            elif time.monotonic() >= self._not_before_s.get(key, -math.inf):
-                try:
-                    self._begin(key, key in cancels, now_s)
-                except StorageError as error:
-                    self._postpone(key, error)  # the others need not wait for it
+            running = dict(self._running)
+        for key, job in running.items():
+            job.cancelled = key in cancels
+        waiting = [key for key in batches if key not in running and self._due(key)]
+        self._read(waiting, now_s)
+        steps = {
+            key: self._step(key, key in cancels, now_s) for key in waiting if key in self._known
+        }
+        self._take_turns(steps, running, cancels)
         if time.monotonic() - self._swept_s >= self._config.sweep_interval_s:
             self._swept_s = time.monotonic()
             self._pool.submit(self._guarded, self.sweep)
@@ -106,32 +104,54 @@ class Runner:
         with self._lock:
             return sum(job.step == "answer" for job in self._running.values())
 
-    def _begin(self, key: Key, cancelled: bool, now_s: float) -> None:
-        if key not in self._known:
-            request = self._store.request(key)
-            if request is None:
-                if age_s(key.id, now_s) > DAY_S:  # its door died, long ago
+    def _due(self, key: Key) -> bool:
+        return time.monotonic() >= self._not_before_s.get(key, -math.inf)
+
+    def _read(self, keys: Sequence[Key], now_s: float) -> None:
+        """Read the records of batches that are not known: of hundreds, after a start."""
+
+        def read(key: Key) -> None:
+            try:
+                request = self._store.request(key)
+                if request is not None:
+                    self._known[key] = (request, self._store.state(key))
+                elif age_s(key.id, now_s) > DAY_S:  # its door died, long ago
                     self._store.close_batch(key)
-                return
-            self._known[key] = (request, self._store.state(key))
+            except StorageError as error:
+                self._postpone(key, error)  # the others need not wait for it
+
+        threaded(read, [key for key in keys if key not in self._known])
+
+    def _step(self, key: Key, cancelled: bool, now_s: float) -> Step:
         request, state = self._known[key]  # its job is over: nobody else touches it
         # Whether it is stopped decides where it runs; the job looks by itself, and writes it down.
         cancel_at = int(now_s) if cancelled else None
-        step = next_step(states.looked_at(state, request, cancel_at, now_s))
+        return next_step(states.looked_at(state, request, cancel_at, now_s))
+
+    def _take_turns(
+        self, steps: Mapping[Key, Step], running: Mapping[Key, Job], cancels: Set[Key]
+    ) -> None:
+        at_work = {key: job for key, job in running.items() if job.step == "answer"}
+        stay = [key for key, job in at_work.items() if not job.interrupted]
+        answer = [key for key, step in steps.items() if step == "answer"]
+        room = self._config.max_concurrent_batches - len(at_work)
+        answers = turns(answer, stay, room, len(at_work) - len(stay))
+        quick = [key for key, step in steps.items() if step != "answer"]
+        others = [key for key in running if key not in at_work]
+        for key in answers.begin + turns(quick, others, QUICK_JOBS - len(others)).begin:
+            self._begin(key, steps[key], key in cancels)
+        for key in answers.leave:
+            logger.info("%s makes room for another owner's batch", key.id)
+            running[key].interrupted = True
+
+    def _begin(self, key: Key, step: Step, cancelled: bool) -> None:
         job = Job(
-            self._store, key, request, step, self._config, self._engine, self._executors,
-            self._clock,
+            self._store, key, self._known[key][0], step, self._config, self._engine,
+            self._executors, self._clock,
         )  # fmt: skip
         job.cancelled = cancelled
         with self._lock:
-            answering = sum(job.step == "answer" for job in self._running.values())
-            quick = len(self._running) - answering
-            used, room = (
-                (answering, self._config.max_concurrent_batches)
-                if step == "answer"
-                else (quick, QUICK_JOBS)
-            )
-            if used >= room or self._closed.is_set():
+            if self._closed.is_set():
                 return
             self._running[key] = job
         self._pool.submit(self._run, key, job)
@@ -140,7 +160,7 @@ class Runner:
         self._not_before_s.pop(key, None)
         try:
             job.run()
-            self._known[key] = (self._known[key][0], job.state)
+            self._known[key] = (job.request, job.state)
         except InterruptedJob:
             self._known.pop(key, None)
         except Exception as error:

@@ -21,12 +21,14 @@ from phi4ray.batches.records import (
     BatchState,
     LineError,
     age_s,
+    is_result,
     new_batch_id,
     new_file_id,
     result_file_id,
     shown_batch,
 )
-from phi4ray.batches.store import owner_of
+from phi4ray.batches.store import Key, owner_of
+from phi4ray.batches.turns import turns
 from phi4ray.batches.upload import FormError, UploadForm
 from phi4ray.batches.validation import MAX_ERRORS, check, lines_of
 from phi4ray.errors import ConfigError
@@ -104,6 +106,36 @@ def test_a_batch_that_is_to_be_cancelled_shows_so_before_its_runner_knows() -> N
     assert shown_batch(REQUEST, finalizing, 1234, "m")["status"] == "finalizing"
 
 
+# Turns
+
+
+def key(name: str) -> Key:
+    """Of the owner that its letter says; its number says when it was made."""
+    return Key(name[0], name)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "working", "room", "leaving", "begin", "leave"),
+    [
+        ("a1 a2 a3 a4 b5", "", 4, 0, "a1 b5 a2 a3", ""),
+        ("a3 a4 b5", "a1 a2", 1, 0, "b5", ""),
+        ("a3 b5 b6", "a1 a2", 0, 0, "", "a2"),
+        ("a3 b5 b6", "a1", 0, 1, "", ""),
+        ("b5 c6 d7", "a1 a2 a3", 0, 0, "", "a3 a2"),
+        ("c5", "a1 b2 b3 a4", 0, 0, "", "a4"),
+        ("c5", "a1 b2", 0, 0, "", ""),
+        ("a5 a6", "a1 a2", 0, 0, "", ""),
+        ("c5 d6", "", 0, 1, "", ""),
+        ("a5", "b1", -1, 0, "", ""),
+    ],
+)
+def test_owners_take_turns(
+    waiting: str, working: str, room: int, leaving: int, begin: str, leave: str
+) -> None:
+    found = turns([*map(key, waiting.split())], [*map(key, working.split())], room, leaving)
+    assert [" ".join(one.id for one in keys) for keys in found] == [begin, leave]
+
+
 # Ids
 
 RANDOM = "0" * 20  # at the end of each
@@ -124,7 +156,10 @@ def test_a_batchs_files_have_the_same_ids_however_often_they_are_made() -> None:
     made = {result_file_id("batch_1", "output", 5.0) for _ in range(3)}
     assert len(made) == 1
     assert not made & {result_file_id("batch_1", "error", 5.0)}
-    assert FILE_ID.fullmatch(made.pop())
+    file_id = made.pop()
+    assert FILE_ID.fullmatch(file_id)
+    assert is_result(file_id, "batch_1")
+    assert not is_result(file_id, "batch_2")
 
 
 @given(st.text(min_size=1), st.text(min_size=1))

@@ -7,10 +7,12 @@ import openai
 import pytest
 
 from phi4ray.batches import states
-from phi4ray.batches.records import BatchState, new_batch_id, new_file_id
+from phi4ray.batches.records import BatchRequest, BatchState, new_batch_id, new_file_id
 from phi4ray.batches.store import Key, Store
 from phi4ray.batches.sweep import sweep
+from phi4ray.storage.local import LocalStorage
 from tests.batch_service import (
+    CHAT,
     Clock,
     client_of,
     counts,
@@ -21,6 +23,7 @@ from tests.batch_service import (
     line,
     listening,
     rows_of,
+    runner_of,
     running,
     service,
     texts_of,
@@ -235,6 +238,53 @@ def test_one_tenants_long_queue_is_not_before_anothers_batch(tmp_path: Any) -> N
             ended(one, last)
             assert many.batches.retrieve(queue[-1]).status == "in_progress"
             assert all(ended(many, batch_id).status == "completed" for batch_id in queue)
+
+
+def test_one_tenants_long_batches_are_not_before_anothers(tmp_path: Any) -> None:
+    """Both were at work when it came: one of them waits meanwhile, and ends as it should."""
+    config = service(
+        f"{tmp_path}/store", {"latency_s": 0.05}, gate=keys(tmp_path),
+        batches={"max_concurrent_batches": 2, "shard_rows": 2}, engine={"max_num_seqs": 2},
+    )  # fmt: skip
+    with listening(config) as url, running(config) as runner:
+        many, one = client_of(url, "one"), client_of(url, "two")
+        file_id = upload(many, *map(line, range(100)))
+        long = [create(many, file_id).id for _ in range(2)]
+        for batch_id in long:
+            wait(many, batch_id, lambda batch: counts(batch)[1] > 0)
+        assert runner.answering() == 2
+        assert ended(one, create(one, upload(one, line(1))).id).status == "completed"
+        for batch_id in long:
+            assert many.batches.retrieve(batch_id).status == "in_progress"
+        for batch_id in long:
+            batch = ended(many, batch_id)
+            assert (batch.status, counts(batch)) == ("completed", (100, 100, 0))
+            assert texts_of(rows_of(many, batch.output_file_id)) == expected(*range(100))
+
+
+def test_a_start_does_not_read_hundreds_of_batches_one_by_one(
+    tmp_path: Any, monkeypatch: Any
+) -> None:
+    config = service(str(tmp_path), {"start_error": "no GPU"})
+    store, read = Store(str(tmp_path)), LocalStorage.read
+    at_once = [0, 0]  # now, and at most
+
+    def slow(self: LocalStorage, *args: Any, **options: Any) -> bytes:
+        at_once[0] += 1
+        at_once[1] = max(at_once)
+        time.sleep(0.005)
+        at_once[0] -= 1
+        return read(self, *args, **options)
+
+    for number in range(100):
+        request = BatchRequest(
+            id=new_batch_id(number), endpoint=CHAT, input_file_id=new_file_id(0),
+            completion_window="24h", created_at=0, expires_at=int(time.time()) + 1000,
+        )  # fmt: skip
+        store.create_batch("everyone", request)
+    monkeypatch.setattr(LocalStorage, "read", slow)
+    runner_of(config).look()
+    assert at_once[1] > 4
 
 
 # Sweeping
