@@ -44,8 +44,8 @@ def half_done(client: openai.OpenAI, root: str) -> str:
     )
     batch_id = create(client, upload(client, *map(line, range(ROWS)))).id
     with running(config):
-        wait(client, batch_id, lambda _: len(parts(root)) >= 2)
-    assert 2 <= len(parts(root)) < ROWS / 2
+        wait(client, batch_id, lambda _: len(parts(root)) >= 5)
+    assert 5 <= len(parts(root)) < ROWS / 2
     return batch_id
 
 
