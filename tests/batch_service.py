@@ -67,8 +67,14 @@ def listening(config: ServeConfig, clock: Callable[[], float] = time.time) -> It
 
 @contextmanager
 def running(config: ServeConfig, clock: Callable[[], float] = time.time) -> Iterator[Runner]:
-    """The runner, at work inside the block."""
-    runner = runner_of(config, clock)
+    """The service's runner, at work inside the block."""
+    with at_work(runner_of(config, clock)) as runner:
+        yield runner
+
+
+@contextmanager
+def at_work(runner: Runner) -> Iterator[Runner]:
+    """This runner, inside the block."""
     thread = threading.Thread(target=runner.run)
     thread.start()
     try:

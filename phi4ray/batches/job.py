@@ -101,6 +101,7 @@ class Job:
             raise InterruptedJob(self.key.id)  # what waits for no engine has no room for it
         if looked != self.state:
             self._save(looked)
+        stopped = states.stopping(self.state) is not None
         try:
             match next_step(self.state):
                 case "validate":
@@ -112,8 +113,9 @@ class Job:
         except (InterruptedJob, StorageError):
             raise
         except Exception as error:
-            # Trying again cannot mend a file; and what is stopped ends, come what may.
-            if not isinstance(error, InputError) and states.stopping(self.state) is None:
+            # Trying again cannot mend a file; and what is stopped, and was tried without an engine,
+            # ends come what may.
+            if not (isinstance(error, InputError) or stopped):
                 raise
             logger.error(
                 "%s ends with the answers that it has: %s", self.key.id, error,

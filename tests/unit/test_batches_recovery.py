@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,16 @@ import openai
 import pyarrow.parquet as pq
 import pytest
 
+from phi4ray.batch.executor import InProcessExecutor
+from phi4ray.batch.parts import Receipt
 from phi4ray.batches import states
 from phi4ray.batches.records import BatchState
+from phi4ray.batches.runner import Runner
 from phi4ray.batches.store import Key, Store
+from phi4ray.errors import EngineDeadError
 from tests.batch_service import (
     Clock,
+    at_work,
     client_of,
     counts,
     create,
@@ -113,6 +119,26 @@ def test_a_batch_ends_whatever_cannot_be_read_and_keeps_what_can(
         assert texts_of(answers).items() <= expected(*range(ROWS)).items()
         assert {row["error"]["code"] for row in errors} == {f"batch_{status}"}
         assert counts(batch) == (ROWS, len(answers), len(errors))
+
+
+def test_an_engine_that_dies_when_its_batch_is_cancelled_loses_no_row(tmp_path: Any) -> None:
+    class Dying(InProcessExecutor):
+        def run_shards(self, *_: Any) -> Iterator[Receipt | None]:
+            client.batches.cancel(batch_id)
+            while self._stopped() is None:
+                yield None
+            raise EngineDeadError("gone")
+
+    config = service(str(tmp_path))
+    assert config.batches is not None
+    runner = Runner(config.batches, config.engine, lambda stopped: Dying(stopped=stopped))
+    with listening(config) as url:
+        client = client_of(url)
+        batch_id = create(client, upload(client, *map(line, range(3)))).id
+        with at_work(runner):
+            batch = ended(client, batch_id)
+        assert (batch.status, counts(batch)) == ("cancelled", (3, 0, 3))
+        assert len(rows_of(client, batch.error_file_id)) == 3
 
 
 @pytest.mark.parametrize(("cancel", "status"), [(False, "failed"), (True, "cancelled")])
