@@ -177,14 +177,14 @@ class Job:
     def _answer(self) -> None:
         config = self._job()
         plan = self._planned = self._plan(config)
+        done = recover(config.output, plan)
+        pending = dict.fromkeys(one.index for one in plan.shards if one.index not in done)
         was, now = plan.identity["engine.model_name"], self._engine.model_name
-        if was != now:
+        if pending and was != now:
             message = f"The batch began with the model {was!r}; the service now has {now!r}."
             self._refuse([LineError(code="model_not_found", message=message)])
         self._stopped = states.stopping(self.state)
         inner = stopped_executor(self._stopped) if self._stopped else self._executors(self._stop)
-        done = recover(config.output, plan)
-        pending = dict.fromkeys(one.index for one in plan.shards if one.index not in done)
         executor = WatchedExecutor(inner, self._looks(plan, done.values()))
         facts = answer(config, plan, pending, executor, Console(file=io.StringIO(), quiet=True))
         self._finalize(self.state)
@@ -254,7 +254,7 @@ class Job:
         except ConfigError as error:
             logger.warning("%s is planned again: %s", self.key.id, error)
             self._store.storage.delete(uri)
-        if states.stopping(self.state) is None:
+        if states.stopping(self.state) is None and self.state.finalizing_at is None:
             wrong = [one for one in self._checked().errors if one.code == "model_not_found"]
             self._refuse(wrong)
         return obtain_plan(config, InProcessExecutor())

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import openai
 import pyarrow.parquet as pq
@@ -12,11 +13,11 @@ import pytest
 
 from phi4ray.batch.executor import InProcessExecutor
 from phi4ray.batch.parts import Receipt
-from phi4ray.batches import states
+from phi4ray.batches import job, states
 from phi4ray.batches.records import BatchState
 from phi4ray.batches.runner import Runner
 from phi4ray.batches.store import Key, Store
-from phi4ray.errors import EngineDeadError
+from phi4ray.errors import EngineDeadError, StorageError
 from tests.batch_service import (
     Clock,
     at_work,
@@ -179,6 +180,25 @@ def test_another_model_answers_no_row_and_what_is_answered_stays(tmp_path: Any) 
         errors = rows_of(client, batch.error_file_id)
         assert {row["error"]["code"] for row in errors} == {"model_not_found"}
         assert counts(batch) == (ROWS, kept, ROWS - kept)
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_a_batch_whose_rows_all_have_answers_needs_no_model(
+    tmp_path: Any, monkeypatch: Any, readable: bool
+) -> None:
+    other = service(str(tmp_path), engine={"served_model_name": "other"})
+    with listening(other) as url:
+        client = client_of(url)
+        batch_id = create(client, upload(client, *map(line, range(3)))).id
+        with monkeypatch.context() as patch, running(service(str(tmp_path))):
+            patch.setattr(job, "finish", Mock(side_effect=StorageError("full")))
+            wait(client, batch_id, lambda batch: batch.status == "finalizing")
+        if not readable:
+            as_another_version_writes_it(str(tmp_path))
+        with running(other):
+            batch = ended(client, batch_id)
+        assert (batch.status, counts(batch)) == ("completed", (3, 3, 0))
+        assert texts_of(rows_of(client, batch.output_file_id)) == expected(*range(3))
 
 
 def test_cancelled_under_another_model_it_is_cancelled(tmp_path: Any) -> None:
