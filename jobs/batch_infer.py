@@ -9,7 +9,7 @@ Endpoint and credentials of the object store come from the usual AWS variables.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -71,6 +71,10 @@ JOB_FLAGS: Flags = {
 }
 
 
+SERVICE_REPLICAS = ("min_replicas", "max_replicas")
+"""What a service decides for the jobs on it."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job that the arguments describe; returns the process's exit code."""
     arguments = parser().parse_args(argv)
@@ -82,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments.serve:
                 board = Board(arguments.serve)
                 executor = board.executor(executor, say=console.print)
-                config = config.model_copy(update={"engine": board.engine()})
+                engine = on_service(config.engine, board.engine(), arguments.serve)
+                config = config.model_copy(update={"engine": engine})
             planned_for = cards_of(arguments, cluster_gpus())
             if not arguments.serve:  # whose replicas run already
                 refuse_misfit(config.engine, planned_for)
@@ -149,6 +154,7 @@ def configuration(arguments: argparse.Namespace) -> BatchConfig:
     """
     given = vars(arguments)
     recipe = find_recipe(arguments.recipe).settings if arguments.recipe else {}
+    file = file_layer(arguments.config)
     flags: dict[str, Any] = {
         name: given[name]
         for name in (*JOB_FLAGS, "input", "output", "endpoint", "output_format", "retry_errors")
@@ -161,15 +167,46 @@ def configuration(arguments: argparse.Namespace) -> BatchConfig:
                 f"--serve runs on the engine of {arguments.serve!r}: leave out "
                 + ", ".join(f"--{name.replace('_', '-')}" for name in flags["engine"])
             )
-        # Until the application is asked.
+        if replicas := [name for name in SERVICE_REPLICAS if name in flags or name in file]:
+            raise ConfigError(
+                f"--serve runs on the replicas of {arguments.serve!r}, as many as it has: leave "
+                f"out {', '.join(replicas)}"
+            )
+        # Until the application is asked, see `on_service`.
         recipe = {name: value for name, value in recipe.items() if name != "engine"}
-        flags["engine"] = {"model": arguments.serve}
+        recipe["engine"] = {"model": arguments.serve}
     if arguments.set:
         flags["sampling"] = pairs("--set", arguments.set)
-    config = batch_config(recipe, file_layer(arguments.config), flags)
+    config = batch_config(recipe, file, flags)
     # Workers have another folder.
     absolute = {"engine": local_model(config.engine), "output": normal(config.output)}
     return config.model_copy(update=absolute)
+
+
+def on_service(wanted: EngineConfig, found: EngineConfig, application: str) -> EngineConfig:
+    """The engine of an application, if it is what the configuration asks for.
+
+    Of `wanted`, what was not set does not count, nor the application's name as its model.
+
+    Raises:
+        ConfigError: names every setting that is another one there.
+    """
+    differing = []
+    for name in sorted(wanted.model_fields_set):
+        ours, theirs = getattr(wanted, name), getattr(found, name)
+        if isinstance(ours, Mapping):
+            differing += [
+                f"engine.{name}.{key}" for key, value in ours.items() if theirs.get(key) != value
+            ]
+        elif ours != theirs and (name, ours) != ("model", application):
+            differing.append(f"engine.{name} is {theirs!r} and not {ours!r}")
+    if differing:
+        listed = "\n".join(f"  {line}" for line in differing)
+        raise ConfigError(
+            f"--serve runs on the engine of {application!r}, whose settings are others:\n{listed}\n"
+            "Leave these out of the --config file, or run the job without --serve"
+        )
+    return found
 
 
 if __name__ == "__main__":

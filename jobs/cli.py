@@ -94,7 +94,7 @@ def submit(
         # The job runs in another folder.
         arguments.input = [normal(uri) for uri in config.input]
         arguments.output = config.output
-        if Path(config.engine.model).is_dir():
+        if Path(config.engine.model).is_dir() and not arguments.serve:
             arguments.model = config.engine.model
         with uploaded(working_dir, arguments.config) as (folder, file):
             arguments.config = file
