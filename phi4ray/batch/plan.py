@@ -31,6 +31,10 @@ ENGINE_IDENTITY = (
 """The engine settings that decide answers; the others only decide speed."""
 
 
+MODEL_FILES = "engine.model_files"
+"""In a plan's identity: what `phi4ray.fingerprint` says, if anything."""
+
+
 class Input(Config):
     """One input object as it was when planned. `rows` counts the planned rows of it."""
 
@@ -114,11 +118,14 @@ class Plan(Config):
         return index if known else None
 
 
-def identity_of(config: BatchConfig, chat_template: str | None) -> dict[str, Any]:
+def identity_of(
+    config: BatchConfig, chat_template: str | None, model_files: str | None = None
+) -> dict[str, Any]:
     """What decides a job's answers, by its configuration names.
 
     Not in it, because they may change between runs of one job: replicas, shard sizes, retries,
-    memory settings. `chat_template` is the text of the template, where the job sets one.
+    memory settings. `chat_template` is the text of the template, where the job sets one, and
+    `model_files` the model's fingerprint, where it is known.
     """
     engine = config.engine
     identity = {
@@ -133,6 +140,8 @@ def identity_of(config: BatchConfig, chat_template: str | None) -> dict[str, Any
         "max_row_mib": config.max_row_mib,
         "output_format": config.output_format,
     }
+    if model_files is not None:
+        identity[MODEL_FILES] = model_files
     # As it will be read from the plan: YAML has dates, and keys that are numbers.
     return cast(dict[str, Any], from_json(to_json(identity, fallback=str, inf_nan_mode="null")))
 
@@ -231,8 +240,11 @@ def check_same_job(plan: Sealed, identity: Mapping[str, Any], inputs: Sequence[I
     differences = [
         f"{name} was {plan.identity.get(name)!r} and is now {identity.get(name)!r}"
         for name in sorted(plan.identity.keys() | identity.keys())
-        if plan.identity.get(name) != identity.get(name)
+        if _value(plan.identity, name) != _value(identity, name)
     ]
+    files = plan.identity.get(MODEL_FILES), identity.get(MODEL_FILES)
+    if None not in files and files[0] != files[1]:  # plans of old had none
+        differences.append(f"the files of engine.model {identity['engine.model']!r} are others")
     old = {item.uri: item for item in plan.inputs}
     new = {item.uri: item for item in inputs}
     changes = [f"input {uri} is gone" for uri in old if uri not in new]
@@ -252,6 +264,13 @@ def check_same_job(plan: Sealed, identity: Mapping[str, Any], inputs: Sequence[I
             f"the output prefix belongs to another job (plan {plan.plan_id}):\n{listed}\n"
             "Use a new --output, or restore what differs to resume that job."
         )
+
+
+def _value(identity: Mapping[str, Any], name: str) -> Any:
+    """A setting as it is compared: names of folders may end in a slash."""
+    value = None if name == MODEL_FILES else identity.get(name)
+    folder = name in ("engine.model", "engine.model_name", "engine.tokenizer")
+    return value.rstrip("/") if folder and isinstance(value, str) else value
 
 
 def read_plan(data: bytes, uri: str) -> Plan:

@@ -36,6 +36,7 @@ from phi4ray.batch.scan import (
 )
 from phi4ray.config import BatchConfig
 from phi4ray.errors import ConfigError, InputError, ObjectNotFoundError, PreconditionError
+from phi4ray.fingerprint import fingerprint
 from phi4ray.storage import expand, join, storage_for
 
 
@@ -46,7 +47,7 @@ def obtain_plan(config: BatchConfig, executor: Executor, *, dry_run: bool = Fals
         PlanMismatchError: the plan there is another job's.
     """
     inputs = list_inputs(config)
-    identity = identity_of(config, chat_template_text(config))
+    identity = identity_of(config, chat_template_text(config), fingerprint(config.engine))
     uri = join(config.output, PLAN_NAME)
     storage = storage_for(uri)
     try:

@@ -188,6 +188,27 @@ class TestSameJob:
     def test_the_same_job_may_go_on(self) -> None:
         self.check(settings())
 
+    def test_it_may_not_go_on_with_other_files_of_its_model(self) -> None:
+        def identity(files: str | None) -> dict[str, Any]:
+            return identity_of(settings(), None, files)
+
+        plan = make_plan(identity("a1"), INPUTS, [], carried="")
+        old = make_plan(identity(None), INPUTS, [], carried="")
+        assert (
+            old.plan_id == make_plan(identity_of(settings(), None), INPUTS, [], carried="").plan_id
+        )
+        for same, files in ((plan, "a1"), (plan, None), (old, "a1"), (old, None)):
+            check_same_job(same, identity(files), INPUTS)
+        with pytest.raises(
+            PlanMismatchError, match=r"the files of engine\.model 'tiny' are others"
+        ):
+            check_same_job(plan, identity("b2"), INPUTS)
+
+    def test_a_slash_at_the_end_of_a_folder_changes_nothing(self) -> None:
+        plan = plan_of(settings(engine={"model": "s3://b/m/"}), INPUTS)
+        again = settings(engine={"model": "s3://b/m", "served_model_name": "s3://b/m"})
+        check_same_job(plan, identity_of(again, None), INPUTS)
+
     def test_it_may_go_on_with_other_machines_and_shards(self) -> None:
         self.check(settings(shard_rows=7, max_replicas=9, engine={"gpu_memory_utilization": 0.5}))
 
