@@ -27,6 +27,7 @@ from jobs.show import (
     status_words,
 )
 from jobs.upload import uploaded
+from phi4ray.batch.executor import threaded
 from phi4ray.batch.progress import last_progress_line
 from phi4ray.batch.progress_file import RunProgress
 from phi4ray.batch.results import read_results, rows_of
@@ -250,7 +251,9 @@ def _progress(job: Submission) -> tuple[RunProgress | None, Phi4rayError | None]
 
 
 def _list(jobs: "Jobs", as_json: bool) -> None:
-    found = [(job, None if job.ended else _progress(job)[0]) for job in jobs.all()]
+    listed = jobs.all()
+    told = threaded(lambda job: None if job.ended else _progress(job)[0], listed)
+    found = list(zip(listed, told, strict=True))
     if as_json:
         typer.echo(json.dumps([job_facts(job, progress) for job, progress in found], indent=2))
         return

@@ -1,8 +1,13 @@
 """Watching a submitted job: its log as it comes, and in a terminal its progress, live."""
 
 import contextlib
+import math
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
+from typing import TypeVar
 
 from rich.console import Console
 
@@ -10,7 +15,15 @@ from cluster.jobs import Jobs
 from phi4ray.batch.progress import PROGRESS_LINE, Progress
 from phi4ray.batch.progress_file import WRITE_S, RunProgress, read_progress
 from phi4ray.batch.submission import Submission
-from phi4ray.errors import Phi4rayError
+from phi4ray.errors import Phi4rayError, TransientStorageError
+
+PATIENCE_S = 5.0
+"""An object store that takes longer, as one that cannot be reached does, is not waited for."""
+
+WAIT_S = 0.25
+"""Of it, what a display waits at a time."""
+
+T = TypeVar("T")
 
 
 class Watch:
@@ -23,22 +36,54 @@ class Watch:
         self._output = job.output
         # What an earlier job left under the same output is not this one's.
         self._since = job.started_at or 0.0
-        self._looked_at = 0.0
+        self._looked_at = -math.inf
+        self._reading: Future[RunProgress | None] | None = None
 
     def look(self) -> RunProgress | None:
         """What the job told last, if it has told anything new to ask for."""
-        if self._output is None:
-            return None
-        found = read_progress(self._output)
-        return found if found is not None and found.updated_at >= self._since else None
+        self._reading = None  # what began before may know less
+        self._begin()
+        return self._taken(PATIENCE_S)
 
     def look_when_due(self) -> RunProgress | None:
-        """As `look`, but None while the last look is not long ago."""
-        now = time.monotonic()
-        if now - self._looked_at < WRITE_S:
+        """As `look`, but None while the last look is not long ago, or the store takes its time."""
+        if self._reading is None and time.monotonic() - self._looked_at < WRITE_S:
             return None
-        self._looked_at = now
-        return self.look()
+        self._begin()
+        return self._taken(WAIT_S)
+
+    def _begin(self) -> None:
+        if self._reading is None and self._output is not None:
+            self._looked_at = time.monotonic()
+            self._reading = _in_background(partial(read_progress, self._output))
+
+    def _taken(self, wait_s: float) -> RunProgress | None:
+        if self._reading is None:
+            return None
+        try:
+            found = self._reading.result(wait_s)
+        except TimeoutError:
+            if time.monotonic() - self._looked_at < PATIENCE_S:
+                return None
+            raise TransientStorageError(
+                f"{self._output} does not answer within {PATIENCE_S:.0f} s"
+            ) from None
+        self._reading = None
+        return found if found is not None and found.updated_at >= self._since else None
+
+
+def _in_background(work: Callable[[], T]) -> Future[T]:
+    """Have work done in a thread that nobody need wait for, not even at the process's end."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="phi4ray-look", daemon=True).start()
+    return future
 
 
 def follow(jobs: Jobs, job: Submission, console: Console) -> Submission:

@@ -1,18 +1,22 @@
 """Watching a job in a terminal: its log, and its progress as one live line."""
 
 import io
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
+from jobs import follow as follow_module
 from jobs.follow import Watch, show_live
 from jobs.show import SILENT_S, again, job_facts, job_lines, job_list, result_lines, row_line
 from phi4ray.batch.progress import Progress, Window, last_progress_line
 from phi4ray.batch.progress_file import ProgressFile, RunProgress
 from phi4ray.batch.submission import Submission
+from phi4ray.errors import TransientStorageError
 from tests.unit.test_progress import Log, at
 
 WINDOW = Window(at(0.0), at(10.0, 1_200, 12_340, 5_670, errors=3))
@@ -60,6 +64,31 @@ def test_the_lines_of_the_log_stay_where_the_output_cannot_be_read() -> None:
     text = shown(job, None, LOG)
     assert "progress comes from the log" in text
     assert LOG in text
+
+
+def test_a_store_that_does_not_answer_holds_nothing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    def stuck(output: str) -> None:
+        asked.set()
+        answer.wait()
+
+    monkeypatch.setattr(follow_module, "read_progress", stuck)
+    monkeypatch.setattr(follow_module, "WAIT_S", 0.001)
+    watch = Watch(watched(tmp_path))
+    began = time.monotonic()
+    assert watch.look_when_due() is None
+    assert watch.look_when_due() is None
+    assert asked.wait(1)
+    assert time.monotonic() - began < 1
+    monkeypatch.setattr(follow_module, "PATIENCE_S", 0.01)
+    with pytest.raises(TransientStorageError, match="does not answer within"):
+        watch.look()
+    assert "progress comes from the log" in (text := shown(watched(tmp_path), None, None, LOG))
+    assert LOG in text
+    answer.set()
 
 
 def test_the_lines_of_the_log_stay_where_the_output_is_not_known() -> None:
