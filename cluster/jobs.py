@@ -6,79 +6,21 @@ import logging
 import os
 import queue
 import time
-from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import requests
 from ray.exceptions import AuthenticationError
-from ray.job_submission import JobSubmissionClient
 
+from cluster.dashboard import TRIES, Client
 from phi4ray.batch.executor import in_thread
 from phi4ray.batch.submission import OUTPUT_KEY, Submission, entrypoint, is_ours, output_of
 from phi4ray.errors import ClusterError, ConfigError
 
 END_S = 60.0
 """A job that is stopped, or whose log has ended, is waited for so long."""
-
-
-TIMEOUT_S = (5.0, 30.0)
-"""To connect, and from one byte of an answer to the next: a head may vanish without a word."""
-
-CHANGE_TIMEOUT_S = (5.0, 120.0)
-"""The same of what changes something there: a folder may be large."""
-
-TRIES = 3
-"""Of a question to a cluster that has answered before, and of following a log."""
-
-RETRY_S = 2.0
-
-HEARTBEAT_S = 20.0
-"""A log's connection is asked so often whether it lives, and has half of that to answer."""
-
-
-class Client(JobSubmissionClient):
-    """Ray's client, which would wait for ever for a cluster that is gone."""
-
-    tries = 1
-
-    def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-        asks = method == "GET"
-        options.setdefault("timeout", TIMEOUT_S if asks else CHANGE_TIMEOUT_S)
-        for left in reversed(range(self.tries if asks else 1)):
-            try:
-                return super()._do_request(method, endpoint, **options)
-            except (requests.ConnectionError, requests.Timeout):
-                if not left:
-                    raise
-                time.sleep(RETRY_S)
-
-    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
-        """As Ray's, but with a heartbeat, and it ends only with the log.
-
-        Raises:
-            aiohttp.ClientError, OSError: the connection is lost.
-        """
-        async with (
-            aiohttp.ClientSession(
-                cookies=self._cookies,
-                headers=self._headers,
-                timeout=aiohttp.ClientTimeout(total=sum(TIMEOUT_S)),
-            ) as session,
-            session.ws_connect(
-                f"{self._address}/api/jobs/{job_id}/logs/tail",
-                ssl=True if self._ssl_context is None else self._ssl_context,
-                heartbeat=HEARTBEAT_S,
-            ) as connection,
-        ):
-            async for message in connection:
-                if message.type == aiohttp.WSMsgType.TEXT:
-                    yield message.data
-                elif message.type == aiohttp.WSMsgType.ERROR:
-                    raise ConnectionResetError(str(message.data))
-            if connection.close_code != aiohttp.WSCloseCode.OK:
-                raise ConnectionResetError(f"it ended with code {connection.close_code}")
 
 
 class Jobs:
@@ -202,27 +144,17 @@ class Jobs:
             yield from in_thread(work, lines, stop)
 
     async def _tail(self, submission_id: str, lines: "queue.SimpleQueue[str]") -> None:
-        """Put a log's lines; a connection that is lost is made again, a few times in a row."""
-        rest, told, failures = "", 0, 0
-        while True:
-            known = told  # each connection begins with the log
-            try:
-                async for text in self._client.tail_job_logs(submission_id):
-                    new, known = text[known:], max(0, known - len(text))
-                    told += len(new)
-                    failures = 0 if new else failures
-                    *whole, rest = (rest + new).split("\n")
-                    for line in whole:
-                        lines.put(line)
-                break
-            except (OSError, aiohttp.ClientError) as error:
-                failures += 1
-                if failures >= TRIES:
-                    raise ClusterError(
-                        f"the cluster does not answer any more ({error}). {submission_id} may go "
-                        f"on: look again with `phi4ray status {submission_id} --follow`"
-                    ) from error
-                await asyncio.sleep(RETRY_S)
+        rest = ""
+        try:
+            async for text in self._client.tail_job_logs(submission_id):
+                *whole, rest = (rest + text).split("\n")
+                for line in whole:
+                    lines.put(line)
+        except (OSError, aiohttp.ClientError) as error:
+            raise ClusterError(
+                f"the cluster does not answer any more ({error}). {submission_id} may go on: look "
+                f"again with `phi4ray status {submission_id} --follow`"
+            ) from error
         if rest:
             lines.put(rest)
 

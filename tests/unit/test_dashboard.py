@@ -11,8 +11,9 @@ import pytest
 import ray
 from aiohttp import web
 
-from cluster import jobs as jobs_module
-from cluster.jobs import TRIES, Jobs
+from cluster import dashboard as dashboard_module
+from cluster.dashboard import TRIES
+from cluster.jobs import Jobs
 from phi4ray.errors import ClusterError
 
 JOB = {
@@ -64,8 +65,8 @@ def dashboard() -> Dashboard:
 
 @pytest.fixture
 def jobs(dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
-    monkeypatch.setattr(jobs_module, "RETRY_S", 0.01)
-    monkeypatch.setattr(jobs_module, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(dashboard_module, "RETRY_S", 0.01)
+    monkeypatch.setattr(dashboard_module, "HEARTBEAT_S", 0.05)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
     loop, stop, ready = asyncio.new_event_loop(), asyncio.Event(), threading.Event()
     found: list[int] = []
@@ -114,7 +115,7 @@ def lines(jobs: Jobs) -> list[str]:
 def silent(dashboard: Dashboard, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> Dashboard:
     assert [job.id for job in jobs.all()] == ["out-1"]
     for name in ("TIMEOUT_S", "CHANGE_TIMEOUT_S"):
-        monkeypatch.setattr(jobs_module, name, (0.1, 0.1))
+        monkeypatch.setattr(dashboard_module, name, (0.1, 0.1))
     dashboard.silent = True
     dashboard.asked.clear()
     return dashboard
