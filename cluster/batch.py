@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import ray
 from rich.console import Console
 
-from cluster.board import Idle, start_board
+from cluster.board import MAX_FRUITLESS, Idle, start_board
 from cluster.environment import set_defaults
 from cluster.pool import End, this_end, through_workers
 from cluster.worker import RayShardWorker, receipts_of
@@ -98,15 +98,16 @@ class RayExecutor:
         self._warn_of_missing(config.engine)
         left = dict.fromkeys(pending)
         self._idle = {}
+        fruitless = 0
         while left:
             before = len(left)
             yield from self._run_some(config, plan, left)
             # What workers without an engine had, when no other was left to take it, is run again.
-            if len(left) == before:
-                raise next(
-                    (idle.error for idle in self._idle.values()),
-                    ClusterError(f"Ray lost {before} shards: the same command goes on with them"),
-                )
+            fruitless = fruitless + 1 if len(left) == before else 0
+            if fruitless and not self._idle:
+                raise ClusterError(f"Ray lost {before} shards: the same command goes on with them")
+            if fruitless == MAX_FRUITLESS:
+                raise next(idle.error for idle in self._idle.values())
 
     def _run_some(
         self, config: BatchConfig, plan: Plan, left: dict[int, None]
@@ -176,18 +177,19 @@ class RayExecutor:
     def _look_for_idle(self, left: Mapping[int, None]) -> None:
         """Tell of workers without an engine, and let them go when nothing else is left."""
         told = {idle.node for idle in self._idle.values()}
-        self._idle = self._asked("idle", self._idle)
-        for idle in self._idle.values():
+        found: Mapping[str, Idle] = self._asked("idle", {})
+        self._idle |= found
+        for idle in found.values():
             if idle.node not in told:
+                told.add(idle.node)
                 self._console.print(
                     f"no engine starts on {idle.node}, the job goes on without it: "
                     f"{type(idle.error).__name__}: {idle.error}",
                     style="yellow",
                 )
-                told.add(idle.node)
-        held = {shard for idle in self._idle.values() for shard in idle.shards}
+        held = {shard for idle in found.values() for shard in idle.shards}
         # Whoever takes over one of them tells of it with one of its own.
-        if self._idle and left.keys() <= held:
+        if found and left.keys() <= held:
             ray.get(self._board.stop.remote())
 
     def _asked(self, method: str, otherwise: T) -> T:

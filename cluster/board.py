@@ -81,17 +81,19 @@ class Board:
         self._idle[worker] = idle
         return not self._stopping
 
+    def _others(self) -> bool:
+        since = time.monotonic() - LOST_S
+        return bool(self._starting) or any(at > since for at, _ in self._stats.values())
+
     def hopeless(self) -> bool:
         """Whether no worker has an engine or is about to have one: those without wait for none."""
-        now = time.monotonic()
-        age_s = now - self._began
-        if self._starting or any(now - at < LOST_S for at, _ in self._stats.values()):
-            return False
-        return age_s > SETTLE_S and (len(self._idle) >= self._expected or age_s > LOST_S)
+        age_s = time.monotonic() - self._began
+        decided = len(self._idle) >= self._expected or age_s > LOST_S
+        return age_s > SETTLE_S and decided and not self._others()
 
     def idle(self) -> dict[str, Idle]:
-        """The workers without an engine, while others have one."""
-        return {} if self.hopeless() else self._idle
+        """The workers without an engine, where others have one or are about to."""
+        return self._idle if self._others() else {}
 
     def engine_died(self, worker: str, why: str) -> bool:
         """Ask whether a worker may be replaced: False after too many deaths in a row."""

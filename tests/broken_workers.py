@@ -3,6 +3,7 @@
 Importable by Ray's processes. Which of them it is they settle by a file: the first one there.
 """
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Breaking(ShardCalls):
         worker = await super()._start(config, plan)
         if first(config, "breaking"):
             me.touch()
+            self._shards = len(plan.shards)
             worker.run = self._die  # type: ignore[method-assign]
         return worker
 
@@ -67,6 +69,17 @@ class Stopped(RayShardWorker):
             first(config, "stopped")
 
         self._calls._replica.stop = stop  # type: ignore[union-attr, method-assign]
+
+
+class BreakingLast(Breaking):
+    """It does so when its own shards are the only ones left."""
+
+    async def _die(self, index: int) -> Any:
+        output, held = Path(self._config.output), self._config.shards_in_flight or 1
+        while len(list(output.glob("part-*"))) < self._shards - held:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(2.0)  # the other one is let go
+        return await super()._die(index)
 
 
 class Several(RayExecutor):

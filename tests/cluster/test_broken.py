@@ -15,7 +15,7 @@ from cluster.worker import RayShardWorker
 from phi4ray.batch.run import run_batch
 from phi4ray.errors import EngineStartError
 from phi4ray.fake import fake_text
-from tests.broken_workers import REASON, Breaking, Broken, Several, Stopped
+from tests.broken_workers import REASON, Breaking, BreakingLast, Broken, Several, Stopped
 from tests.small_jobs import answers, job, prompts, write_lines
 from tests.waiting import until
 
@@ -30,7 +30,7 @@ def cluster() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("worker", [Broken, Breaking])
+@pytest.mark.parametrize("worker", [Broken, Breaking, BreakingLast])
 def test_others_answer_the_shards_of_a_replica_without_an_engine(
     tmp_path: Path, worker: type
 ) -> None:

@@ -66,6 +66,13 @@ def test_workers_that_are_about_to_come_are_waited_for_but_not_for_ever(clock: C
     board.starting("a")
     board.idles("a", idle())
     assert not board.hopeless()
+    assert board.idle() == {}  # nor is it told that the job goes on
+    board.starting("b")
+    assert board.idle() == {"a": idle()}
+    board.idles("b", idle())
+    assert board.hopeless()
+    board = new(clock, expected=2)
+    board.idles("a", idle())
     clock.now += LOST_S
     assert board.hopeless()
 
