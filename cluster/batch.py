@@ -117,7 +117,7 @@ class RayExecutor:
         most = min(config.max_replicas or self._fits(engine), len(left))
         fewest = min(config.min_replicas, most)
         at_hand = min(most, self._at_hand(engine))
-        self._board = board = start_board(min(fewest, at_hand))
+        self._board = board = start_board(expected=at_hand)
         receipts: queue.SimpleQueue[Receipt] = queue.SimpleQueue()
         at_once = share_of(len(left), at_hand, shards_in_flight(config, plan))
         data = through_workers(
@@ -131,6 +131,7 @@ class RayExecutor:
             list(left),
             engine,
             fewest=fewest,
+            first=max(fewest, at_hand),
             most=most,
             at_once=at_once,
             broken={idle.node_id for idle in self._idle.values()},

@@ -56,14 +56,16 @@ def through_workers(
     engine: EngineConfig,
     *,
     fewest: int,
+    first: int,
     most: int,
     at_once: int,
     broken: Collection[str],
 ) -> Any:
     """Give the dataset of what workers return of shards; one block, hence one task, a shard.
 
-    `at_once` shards are with a worker at a time. On the nodes `broken`, by their ids, none is
-    started if others could have one.
+    The `first` workers start together; Ray Data adds others one by one, each when those before
+    have started and have their shards. `at_once` shards are with a worker at a time. On the nodes
+    `broken`, by their ids, none is started if others could have one.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -79,6 +81,7 @@ def through_workers(
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(
             min_size=fewest,
+            initial_size=first,
             max_size=most,
             max_tasks_in_flight_per_actor=at_once,
             max_concurrent_calls_per_actor=at_once,

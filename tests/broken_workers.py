@@ -82,6 +82,17 @@ class BreakingLast(Breaking):
         return await super()._die(index)
 
 
+class Counting(ShardCalls):
+    """A worker that notes how many had begun to start when its engine was up."""
+
+    async def _start(self, config: BatchConfig, plan: Plan) -> ShardWorker:
+        folder = Path(config.output).parent
+        (folder / f"begun-{self._name}").touch()
+        worker = await super()._start(config, plan)
+        (folder / f"up-{self._name}").write_text(str(len(list(folder.glob("begun-*")))))
+        return worker
+
+
 class Several(RayExecutor):
     """As many replicas on a node as a test wants."""
 

@@ -15,7 +15,7 @@ from cluster.worker import RayShardWorker
 from phi4ray.batch.run import run_batch
 from phi4ray.errors import EngineStartError
 from phi4ray.fake import fake_text
-from tests.broken_workers import REASON, Breaking, BreakingLast, Broken, Several, Stopped
+from tests.broken_workers import REASON, Breaking, BreakingLast, Broken, Counting, Several, Stopped
 from tests.small_jobs import answers, job, prompts, write_lines
 from tests.waiting import until
 
@@ -80,3 +80,14 @@ def test_replicas_are_stopped_at_the_end_and_not_killed(tmp_path: Path) -> None:
     console = Console(file=io.StringIO())
     run_batch(job(tmp_path), Several(Stopped, console), console)
     until((tmp_path / "stopped").exists, 60)
+
+
+def test_all_replicas_that_the_cluster_has_room_for_start_together(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(ROWS))
+    config = job(
+        tmp_path, shard_rows=1,
+        engine={"num_cpus": 0.1, "engine_args": {"start_s": 10.0, "latency_s": 0.1}},
+    )  # fmt: skip
+    console = Console(file=io.StringIO())
+    run_batch(config, Several(Counting, console), console)
+    assert {file.read_text() for file in tmp_path.glob("up-*")} == {"4"}
