@@ -55,8 +55,8 @@ def main() -> None:
 
 
 def measure(model: str, arguments: argparse.Namespace, aware: bool) -> dict[str, float]:
+    from cluster.deploying import deployed
     from cluster.local import connected
-    from cluster.serve import deployed
     from phi4ray.serve.config import serve_config
 
     config = serve_config(

@@ -18,6 +18,9 @@ LOCAL: Mapping[str, str] = {
     # Ray starts a worker for each core before any is asked for. Ours have an environment of their
     # own here (`cluster.local`), for which those cannot be used.
     "RAY_prestart_worker_first_driver": "0",
+    # So long a replica that leaves can be reached by who has not heard of it. Serve's 30 s are for
+    # load balancers elsewhere; here there is one HAProxy.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
 }
 """For a cluster that a job starts by itself."""
 

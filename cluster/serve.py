@@ -10,11 +10,10 @@ chunk of every stream makes two more hops.
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -33,7 +32,7 @@ from cluster.limits import share_limits
 from cluster.routing import KVRouter, route_picker
 from phi4ray.config import EngineConfig
 from phi4ray.engines import make_replica
-from phi4ray.errors import EngineDeadError, EngineStartError
+from phi4ray.errors import EngineDeadError
 from phi4ray.exporter import export_metrics
 from phi4ray.fit import refuse_misfit
 from phi4ray.serve.app import OnlineApp
@@ -195,22 +194,3 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     if ray.is_initialized():  # Serve builds it on the cluster
         refuse_misfit(config.engine, cluster_gpus())
     return application(config)
-
-
-@contextlib.contextmanager
-def deployed(config: ServeConfig, host: str, port: int) -> Iterator[None]:
-    """Have the application run inside the block, on the Ray cluster that is connected.
-
-    Raises:
-        EngineStartError: its replicas cannot start.
-    """
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
-    try:
-        try:
-            serve.run(application(config), name=config.name, route_prefix="/")
-        except RuntimeError as error:
-            raise EngineStartError(f"the service did not start: {error}") from error
-        yield
-    finally:
-        serve.shutdown()

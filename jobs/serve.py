@@ -5,8 +5,8 @@
         -d '{"model": "microsoft/phi-4", "messages": [{"role": "user", "content": "Hello"}]}'
 
 Starts a Ray cluster on this machine, or with RAY_ADDRESS uses that one; runs until interrupted,
-and lets running answers finish then. To leave a service on a cluster, use `serve deploy` with
-`import_path: cluster.serve:app` (see k8s/).
+and lets running answers finish then, which a second interrupt ends. To leave a service on a
+cluster, use `serve deploy` with `import_path: cluster.serve:app` (see k8s/).
 """
 
 import argparse
@@ -44,9 +44,13 @@ from phi4ray.storage import normal
 LOCAL = ("127.0.0.1", "localhost", "::1")
 SCALING_FLAGS: Flags = {"min_replicas": int, "max_replicas": int}
 
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit code of what was ended before it was ready, or before its last answers were out."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGINT or SIGTERM; returns the process's exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     arguments = parser().parse_args(argv)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     try:
@@ -54,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         serve(config, arguments, console)
     except Phi4rayError as error:
         return told(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return 0
 
 
@@ -61,6 +67,8 @@ def serve(config: ServeConfig, arguments: argparse.Namespace, console: Console) 
     """Deploy, say where, wait for a signal, drain and go.
 
     Raises:
+        KeyboardInterrupt: a signal came before, or another one while it drained.
+        ClusterError: the cluster has an application of this name.
         ConfigError: the engine does not fit on the cluster's cards; nothing was deployed.
         EngineStartError: no replica can start.
     """
@@ -69,24 +77,24 @@ def serve(config: ServeConfig, arguments: argparse.Namespace, console: Console) 
     if local:
         set_defaults(SERVING)
     # Ray Serve reads the environment when it is imported.
+    from cluster.deploying import deployed
     from cluster.gpus import cluster_gpus
     from cluster.local import connected
-    from cluster.serve import deployed
 
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     with connected(local=local):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there
         refuse_misfit(config.engine, cards_of(arguments, cluster_gpus()))
         with deployed(config, host, port):
-            console.print(f"{config.engine.model_name} answers at http://{host}:{port}/v1")
-            if config.batches is not None:
-                console.print(f"files and batches are kept in {config.batches.store}")
-            if config.gate.keys_file is None:
-                who = "who can reach this machine" if host not in LOCAL else "on this machine"
-                console.print(f"without API keys: to everyone {who}; see gate.keys_file")
-            stop.wait()
-            console.print("stopping; running answers finish first")
+            try:
+                console.print(f"{config.engine.model_name} answers at http://{host}:{port}/v1")
+                if config.batches is not None:
+                    console.print(f"files and batches are kept in {config.batches.store}")
+                if config.gate.keys_file is None:
+                    who = "who can reach this machine" if host not in LOCAL else "on this machine"
+                    console.print(f"without API keys: to everyone {who}; see gate.keys_file")
+                threading.Event().wait()
+            except KeyboardInterrupt:
+                console.print("stopping; running answers finish first, unless interrupted again")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -22,8 +22,9 @@ import json, os, sys
 from cluster.environment import SERVING
 os.environ |= SERVING | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5"}
 import ray
+from cluster.deploying import deployed
 from cluster.local import connected
-from cluster.serve import application, deployed
+from cluster.serve import application
 from ray import serve
 from phi4ray.serve.config import serve_config
 

@@ -22,8 +22,8 @@ import os, sys, time
 from cluster.environment import SERVING
 os.environ |= SERVING | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5"}
 from ray import serve
+from cluster.deploying import deployed
 from cluster.local import connected
-from cluster.serve import deployed
 from phi4ray.serve.config import serve_config
 
 config = serve_config({
