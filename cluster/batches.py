@@ -7,6 +7,7 @@ from ray import serve
 from ray.serve.schema import LoggingConfig
 
 from cluster.harvest import Board, job_board
+from cluster.shared import ON_HEAD
 from phi4ray.batch.executor import InProcessExecutor
 from phi4ray.batches.executors import Executors
 from phi4ray.batches.runner import Runner
@@ -58,6 +59,6 @@ def batch_runner(config: ServeConfig, executors_of: ExecutorsOf = on_service) ->
         name="batches",
         num_replicas=1,
         health_check_period_s=5,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": ON_HEAD},
         logging_config=LoggingConfig(enable_access_log=False),
     ).bind(config, executors_of)
