@@ -133,6 +133,16 @@ def test_rays_own_ports_are_open_to_its_pods_and_the_operator_alone(name: str) -
 
 
 @each_overlay
+def test_the_labels_by_which_kuberay_finds_its_pods_are_left_to_it(name: str) -> None:
+    # The Service that a RayService has for its head selects KubeRay's own values of them.
+    for cluster in clusters(overlay(name)):
+        for group in groups(cluster):
+            labels = group["template"]["metadata"]["labels"]
+            assert not {"app.kubernetes.io/name", "app.kubernetes.io/created-by"} & set(labels)
+            assert not [label for label in labels if label.startswith("ray.io/")]
+
+
+@each_overlay
 def test_disruption_budgets_are_of_pods_that_are_there_and_of_a_kind_that_works(name: str) -> None:
     objects = overlay(name)
     budgets = of_kind(objects, "PodDisruptionBudget")
