@@ -3,11 +3,12 @@
     python benchmarks/autoscale_sim.py
 
 The fleet is `benchmarks/simulated_fleet.py`, with measured speeds of an H200, and the policies are
-the functions that run in Serve's controller. Two traces: a day with its swing, and bursts. A
-request is served well if its first token comes within 2 s and each further one takes 50 ms. Every
-policy may use 1.3 times the replicas of the static peak, which are the fewest that keep 99% of the
-requests in the objective. To keep the run short, one simulated request stands for `COHORT` real
-ones of the same kind.
+the functions that run in Serve's controller. Three traces: a day with its swing, bursts, and a
+trickle, which is a request in two seconds, with a long answer, to small cards. A request is served
+well if its first token comes within 2 s and each further one takes 50 ms, or 80 on small cards.
+Every policy may use 1.3 times the replicas of the static peak, which are the fewest that keep 99%
+of the requests in the objective; the trickle may use 20. To keep the run short, one simulated
+request stands for `COHORT` real ones of the same kind, but not in the trickle.
 """
 
 import argparse
@@ -16,24 +17,38 @@ import math
 import random
 import types
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from simulated_fleet import Arrival, Fleet, Objective, Speed
+from simulated_fleet import H200, SMALL, Arrival, Fleet, Objective, Speed
 
 from phi4ray.recipes import find_recipe
 from phi4ray.serve.autoscaling import AutoscalingPolicyConfig, decide
 
-SPEED = Speed()
 COHORT = 4
+OBJECTIVE = Objective()
 RECIPE = "phi4-fp8-h200"
 EPOCH = 1_800_000_000.0
 
 Policy = Callable[[Fleet], int]
-Shape = Callable[[float, float, int], Callable[[float], float]]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What comes, and where to: `measured` are the policy's settings that are known of it."""
+
+    name: str
+    coming: list[Arrival]
+    end_s: float
+    measured: Mapping[str, Any]
+    speed: Speed = H200
+    objective: Objective = OBJECTIVE
+    cohort: int = COHORT
+    most: int | None = None
 
 
 def static(fleet: Fleet) -> int:
@@ -55,7 +70,7 @@ def ours(config: AutoscalingPolicyConfig) -> Policy:
     return policy
 
 
-def serves_own(target_ongoing_requests: int, most: int) -> Policy:
+def serves_own(target_ongoing_requests: int, most: int, cohort: int) -> Policy:
     """Ray Serve's default policy itself, with its delays, on the simulation's clock."""
     from ray.serve import autoscaling_policy
     from ray.serve.config import AutoscalingConfig, AutoscalingContext
@@ -75,7 +90,7 @@ def serves_own(target_ongoing_requests: int, most: int) -> Policy:
         nonlocal state
         clock.time = lambda: EPOCH + fleet.now
         ready = fleet.ready
-        ongoing = COHORT * sum(len(r.running) + len(r.queue) for r in ready)
+        ongoing = cohort * sum(len(r.running) + len(r.queue) for r in ready)
         window.append((fleet.now, ongoing))
         while window[0][0] < fleet.now - config.look_back_period_s:
             window.popleft()
@@ -125,66 +140,75 @@ def bursts(hours: float, peak: float, seed: int) -> Callable[[float], float]:
 
 
 def arrivals(
-    rate: Callable[[float], float], most: float, end_s: float, seed: int
+    rate: Callable[[float], float],
+    end_s: float,
+    seed: int,
+    cohort: int = COHORT,
+    answers: tuple[float, float, int] = (5.3, 0.6, 2000),
 ) -> Iterator[Arrival]:
-    """A Poisson process thinned to the rate; prompts and answers of log-normal lengths."""
+    """A Poisson process thinned to the rate; prompts and answers of log-normal lengths.
+
+    `answers`: mean and deviation of the logarithm of their tokens, and the longest.
+    """
+    most = max(rate(float(at)) for at in range(0, int(end_s), 30)) * 1.05
     chance = random.Random(3 + 10 * seed)
+    mean, deviation, longest = answers
     at = 0.0
     while True:
-        at += chance.expovariate(most / COHORT)
+        at += chance.expovariate(most / cohort)
         if at >= end_s:
             return
         if chance.random() * most < rate(at):
             prompt = min(8000, int(chance.lognormvariate(6.0, 0.7)) + 16)
-            answer = min(2000, int(chance.lognormvariate(5.3, 0.6)) + 8)
+            answer = min(longest, int(chance.lognormvariate(mean, deviation)) + 8)
             yield Arrival(at, prompt, answer)
 
 
-def simulate(
-    policy: Policy,
-    replicas: int,
-    coming: list[Arrival],
-    end_s: float,
-    most_missed: float = math.inf,
-) -> Fleet:
-    fleet = Fleet(policy, replicas, speed=SPEED, objective=Objective(), cohort=COHORT)
-    fleet.run(coming, end_s, most_missed)
+def traces(hours: float, peak: float, seed: int) -> Iterator[Trace]:
+    end_s = hours * 3600
+    recipe = find_recipe(RECIPE).autoscaling
+    for shape in (day, bursts):
+        coming = list(arrivals(shape(hours, peak, seed), end_s, seed))
+        yield Trace(shape.__name__, coming, end_s, recipe)
+    coming = list(arrivals(lambda at: 0.5, end_s, seed, cohort=1, answers=(7.5, 0.7, 8000)))
+    yield Trace(
+        "trickle", coming, end_s, {"half_speed_tokens": 46_000.0},
+        speed=SMALL, objective=Objective(tpot_s=0.08), cohort=1, most=20,
+    )  # fmt: skip
+
+
+def simulate(policy: Policy, replicas: int, trace: Trace, most_missed: float = math.inf) -> Fleet:
+    fleet = Fleet(
+        policy, replicas, speed=trace.speed, objective=trace.objective, cohort=trace.cohort
+    )
+    fleet.run(trace.coming, trace.end_s, most_missed)
     return fleet
 
 
-def compare(
-    trace: str, shape: Shape, hours: float, peak: float, seed: int
-) -> Iterator[dict[str, Any]]:
+def compare(trace: Trace) -> Iterator[dict[str, Any]]:
     """What each policy does on one trace."""
-    end_s = hours * 3600
-    rate = shape(hours, peak, seed)
-    most = max(rate(float(at)) for at in range(0, int(end_s), 30)) * 1.05
-    coming = list(arrivals(rate, most, end_s, seed))
     # Static peak: the fewest replicas that keep the objective over the whole trace.
-    missed = 0.01 * len(coming)
-    replicas = next(
-        n
-        for n in range(max(1, int(most / 45)), 200)
-        if simulate(static, n, coming, end_s, missed).missed <= missed
-    )
-    limit = math.ceil(1.3 * replicas)
-    recipe = find_recipe(RECIPE).autoscaling
+    missed = 0.01 * len(trace.coming)
+    replicas = next(n for n in range(1, 200) if simulate(static, n, trace, missed).missed <= missed)
+    limit = trace.most or math.ceil(1.3 * replicas)
     policies: dict[str, Callable[[], Policy]] = {
         f"static peak ({replicas})": lambda: static,
-        "Serve, 100 ongoing": partial(serves_own, 100, limit),
-        "Serve, 200 ongoing": partial(serves_own, 200, limit),
+        "Serve, 100 ongoing": partial(serves_own, 100, limit, trace.cohort),
+        "Serve, 200 ongoing": partial(serves_own, 200, limit, trace.cohort),
         "ours, never measured": partial(ours, AutoscalingPolicyConfig(max_replicas=limit)),
-        "ours, of the recipe": partial(ours, AutoscalingPolicyConfig(max_replicas=limit, **recipe)),
+        "ours, measured": partial(
+            ours, AutoscalingPolicyConfig(max_replicas=limit, **trace.measured)
+        ),
     }
     for name, policy in policies.items():
         first = replicas if name.startswith("static") else 2
-        fleet = simulate(policy(), first, coming, end_s)
+        fleet = simulate(policy(), first, trace)
         yield {
-            "trace": trace, "policy": name, "requests": len(coming) * COHORT,
+            "trace": trace.name, "policy": name, "requests": len(trace.coming) * trace.cohort,
             "within": round(fleet.within, 4),
-            "turned_away": round(fleet.turned_away / len(coming), 4),
+            "turned_away": round(fleet.turned_away / len(trace.coming), 4),
             "replica_hours": round(fleet.replica_s / 3600, 1),
-            "of_peak": round(fleet.replica_s / (replicas * end_s), 3),
+            "of_peak": round(fleet.replica_s / (replicas * trace.end_s), 3),
             "most": fleet.most, "changes": fleet.changes,
         }  # fmt: skip
 
@@ -194,14 +218,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--hours", type=float, default=6.0)
-    parser.add_argument("--peak", type=float, default=180.0, help="requests a second [180]")
+    parser.add_argument(
+        "--peak",
+        type=float,
+        default=180.0,
+        help="of the day and the bursts, requests a second [180]",
+    )
     parser.add_argument("--seed", type=int, default=0, help="another drawing of the traces [0]")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     results = [
         result
-        for trace, shape in (("day", day), ("bursts", bursts))
-        for result in compare(trace, shape, arguments.hours, arguments.peak, arguments.seed)
+        for trace in traces(arguments.hours, arguments.peak, arguments.seed)
+        for result in compare(trace)
     ]
     if arguments.json:
         print(json.dumps(results, indent=1))

@@ -113,6 +113,7 @@ class Phi4Replica:
                 admission.released_tokens_per_s,
                 harvest.tokens,
                 harvest.rows + harvest.all_waiting,
+                admission.arrived_squares_per_s,
             )
         )
 

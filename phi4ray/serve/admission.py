@@ -89,7 +89,7 @@ class Admission:
         self._clock = clock
         self._queue: list[_Place] = []
         self._arrivals = itertools.count()
-        self._arrived, self._released = Rate(), Rate()
+        self._arrived, self._squares, self._released = Rate(), Rate(), Rate()
         self.on_change: Callable[[], None] = _nothing
         """Called whenever a request comes, begins or goes."""
         self.on_arrival: Callable[[float, float], None] = _nothing
@@ -116,6 +116,11 @@ class Admission:
         return self._arrived.per_s(self._clock())
 
     @property
+    def arrived_squares_per_s(self) -> float:
+        """The squares of these demands, added up: they tell how unequal requests are."""
+        return self._squares.per_s(self._clock())
+
+    @property
     def released_tokens_per_s(self) -> float:
         """Demand of the requests that end."""
         return self._released.per_s(self._clock())
@@ -137,6 +142,7 @@ class Admission:
         tokens = min(tokens, self.capacity_tokens)
         began = self._clock()
         self._arrived.add(tokens, began)
+        self._squares.add(tokens * tokens, began)
         self.on_arrival(tokens, began)
         await self._acquire(tokens, priority)
         waited_s = self._clock() - began

@@ -14,6 +14,10 @@ The latter is learned from the running fleet, over minutes. Beside arriving work
 and a rise that will go on while replicas start. Starting replicas count as if they were there, so
 that nothing is ordered twice. Up is fast, because requests wait; down is slow, because starting
 again costs minutes.
+
+The fewer and the more unequal requests are, the more what arrives in some seconds differs from what
+arrives for long. How much is known from the squares of their demand: see `_noise`. What that
+explains is no rise, and no reason for another count.
 """
 
 import math
@@ -25,6 +29,7 @@ from typing import Any, Final, Literal, NamedTuple, get_args
 from pydantic import Field, model_validator
 
 from phi4ray.config import Config
+from phi4ray.serve.rate import AGE_S, VARIANCE_PER_S
 from phi4ray.serve.schedule import Window
 
 Cause = Literal[
@@ -36,10 +41,11 @@ CAUSES: Final[tuple[Cause, ...]] = get_args(Cause)
 batch jobs start the first one, or keep what online requests do not need. `schedule`, `bounds`: more
 or fewer are needed, but the window or the configuration does not let."""
 
-SPEED_HALF_LIFE_S = 300.0
+LEARNED_HALF_LIFE_S = 300.0
 NOISE_WINDOWS = 6
 NOISE_DEVIATIONS = 3.0
-"""What is usual, and its noise, are known from so many times `trend_s`; a rise is above both."""
+"""What is usual, and its noise, are known from so many times `trend_s`; a rise is above both, and
+above so many standard deviations of what independent requests explain."""
 
 QUIET_TOKENS_PER_S = 1.0
 
@@ -72,7 +78,9 @@ class AutoscalingPolicyConfig(Config):
         0.35, ge=0, description="Share above the usual from which on work is taken to rise"
     )
     lookahead_s: float = Field(
-        100.0, ge=0, description="A rise is taken to go on so long: as a replica takes to start"
+        100.0,
+        ge=0,
+        description="A rise is taken to go on so long: as a replica takes to start; 0: it is not",
     )
     drain_s: float = Field(60.0, gt=0, description="A backlog should be worked off in this time")
     upscale_delay_s: float = Field(0.0, ge=0, description="Demand must last so long first")
@@ -132,7 +140,8 @@ class ReplicaLoad:
 
     Used is what admitted ones hold, queued what waiting ones will hold. Those that were turned
     away have arrived too. `batch_tokens` is what rows of batch jobs hold beside them, `batch_rows`
-    how many there are, those included that wait for slack.
+    how many there are, those included that wait for slack. `arrived_squares_per_s` sums the
+    squared demands of those that arrive.
     """
 
     capacity_tokens: float
@@ -142,6 +151,7 @@ class ReplicaLoad:
     released_tokens_per_s: float
     batch_tokens: float = 0.0
     batch_rows: float = 0.0
+    arrived_squares_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,40 +173,60 @@ class _Look(NamedTuple):
     down: int
 
 
-class _Speed(NamedTuple):
-    """What busy replicas have released, with a half-life of `SPEED_HALF_LIFE_S`."""
+class _Rates(NamedTuple):
+    """Of the whole fleet, a second: tokens that arrive, their squares, tokens that are released,
+    and by how many busy replicas."""
+
+    arrived: float
+    squares: float
+    released: float
+    busy: float
+
+
+class _Learned(NamedTuple):
+    """The sums of `_Rates` over the past, with a half-life of `LEARNED_HALF_LIFE_S`."""
 
     at_s: float
-    released_tokens: float
-    busy_s: float
+    arrived: float = 0.0
+    squares: float = 0.0
+    released: float = 0.0
+    busy_s: float = 0.0
 
-    def then(self, released_tokens_per_s: float, busy: float, now_s: float) -> "_Speed":
-        passed_s = max(0.0, min(now_s - self.at_s, SPEED_HALF_LIFE_S))
-        kept = 0.5 ** (passed_s / SPEED_HALF_LIFE_S)
-        return _Speed(
-            now_s,
-            kept * self.released_tokens + passed_s * released_tokens_per_s,
-            kept * self.busy_s + passed_s * busy,
-        )
+    def then(self, rates: _Rates, now_s: float) -> "_Learned":
+        passed_s = max(0.0, min(now_s - self.at_s, LEARNED_HALF_LIFE_S))
+        kept = 0.5 ** (passed_s / LEARNED_HALF_LIFE_S)
+        sums = (kept * sum_ + passed_s * rate for sum_, rate in zip(self[1:], rates, strict=True))
+        return _Learned(now_s, *sums)
+
+
+def _noise(learned: _Learned, rates: _Rates, work: float, per_s: float) -> float:
+    """The standard deviation of arriving work, did the same number of requests come for ever.
+
+    One large request says at once how unequal they are, many small ones before it keep it said.
+    """
+    tokens = rates.squares / rates.arrived if rates.arrived else 0.0
+    if learned.arrived:
+        tokens = max(tokens, learned.squares / learned.arrived)
+    return math.sqrt(VARIANCE_PER_S * work * tokens / per_s)
 
 
 def _rise(
-    config: AutoscalingPolicyConfig, looks: Sequence[_Look], work: float, now_s: float
+    config: AutoscalingPolicyConfig, looks: Sequence[_Look], work: float, noise: float, now_s: float
 ) -> float:
     """What work will have grown by when replicas ordered now have started; 0 if that is noise."""
     aged = [((now_s - look.at_s) / config.trend_s, look) for look in looks]
     past = [look for age, look in aged if 1.0 <= age <= NOISE_WINDOWS]
     lately = [look for age, look in aged if 0.5 <= age <= 1.5]
-    if not lately or not past or aged[0][0] < NOISE_WINDOWS / 2:
-        return 0.0  # not known for long enough
+    if not lately or not past or aged[0][0] < NOISE_WINDOWS / 2 or not config.lookahead_s:
+        return 0.0  # not known for long enough, or not wanted
     usual = fmean(look.work for look in past)
     deviation = math.sqrt(fmean((look.work - usual) ** 2 for look in past))
-    least = max(usual * config.trend_growth, NOISE_DEVIATIONS * deviation)
+    least = max(usual * config.trend_growth, NOISE_DEVIATIONS * max(deviation, noise))
     if work <= usual + least:
         return 0.0
     passed_s = now_s - fmean(look.at_s for look in lately)
     slope = (work - fmean(look.work for look in lately)) / passed_s
-    return max(0.0, slope * config.lookahead_s)
+    return max(0.0, slope * (AGE_S + config.lookahead_s))
 
 
 def decide(
@@ -215,6 +245,7 @@ def decide(
     starting included), `held_requests` are waiting outside because no replica is there.
 
     wanted = (arriving work + backlog + rise) / (busy share at the targets) + headroom, rounded up.
+    Of what differs from usual in the arriving work, a standard deviation of its noise is left out.
     More than `target`: after `upscale_delay_s` that many, the fewest wanted in that time. Less,
     even with `dead_band` more work: the most wanted within `downscale_delay_s`; but while there
     is batch work no fewer than `batch_replicas`, if there are so many. Of none, batch work makes
@@ -231,13 +262,16 @@ def decide(
     arrived = sum(load.arrived_tokens_per_s for load in loads)
     released = sum(load.released_tokens_per_s for load in loads)
     busy = sum(tokens / (tokens + half) for tokens in held)
-    speed = _Speed(*state.get("speed", (now_s, 0.0, 0.0))).then(released, busy, now_s)
+    squares = sum(load.arrived_squares_per_s for load in loads)
+    rates = _Rates(arrived, squares, released, busy)
+    learned = _Learned(*state.get("learned", (now_s,))).then(rates, now_s)
 
     # In proportion to the tokens where replicas have more than they should, which is too much.
-    work, backlog = max(busy, sum(held) / (aim + half)), 0.0
-    if speed.released_tokens and speed.busy_s:
-        per_s = speed.released_tokens / speed.busy_s
-        work = min(work, arrived / per_s)
+    seen, backlog, noise = max(busy, sum(held) / (aim + half)), 0.0, 0.0
+    if learned.released and learned.busy_s:
+        per_s = learned.released / learned.busy_s
+        seen = min(seen, arrived / per_s)
+        noise = _noise(learned, rates, seen, per_s)
         backlog = sum(max(0.0, tokens - aim) for tokens in held) / (per_s * config.drain_s)
 
     asked = any(held) or arrived >= QUIET_TOKENS_PER_S or held_requests > 0
@@ -265,7 +299,10 @@ def decide(
             return 0
         return max(1, math.ceil(work * (aim + half) / aim + config.headroom_replicas - 1e-9))
 
-    rise = _rise(config, looks, work, now_s)
+    rise = _rise(config, looks, seen, noise, now_s)
+    usual = fmean([seen, *(look.work for look in within(NOISE_WINDOWS * config.trend_s))])
+    # What noise explains of a difference is none.
+    work = usual + math.copysign(max(0.0, abs(seen - usual) - noise), seen - usual)
     steady = fmean([work, *(look.work for look in within(config.trend_s))])
     up = wanted(work + backlog + rise)
     down = max(up, wanted(steady * (1 + config.dead_band) + backlog + rise))
@@ -274,7 +311,7 @@ def decide(
         last = looks.pop()
         looks.append(_Look(last.at_s, last.work, min(last.up, up), max(last.down, down)))
     else:
-        looks.append(_Look(now_s, work, up, down))
+        looks.append(_Look(now_s, seen, up, down))
 
     least, most = config.bounds(now_s)
     rising = min([up, *(look.up for look in within(config.upscale_delay_s))])
@@ -312,7 +349,7 @@ def decide(
             "capacity_tokens": capacity,
             "asked_s": asked_s,
             "since_s": since_s,
-            "speed": list(speed),
+            "learned": list(learned),
             "looks": [list(look) for look in looks],
         },
     )

@@ -4,6 +4,13 @@ import math
 
 HALF_LIFE_S = 10.0
 
+AGE_S = HALF_LIFE_S / math.log(2)
+"""How old, in the mean, what is told of a second is."""
+
+VARIANCE_PER_S = math.log(2) / (2 * HALF_LIFE_S)
+"""Amounts that come independently of each other make a rate that varies with this times the sum of
+their squares that comes in a second (Campbell's theorem)."""
+
 
 class Rate:
     """An exponentially weighted rate: each addition counts half after the half-life."""

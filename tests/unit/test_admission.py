@@ -164,6 +164,7 @@ def test_rates_tell_what_comes_turned_away_or_not_and_what_ends() -> None:
                         pass
                 now += 1.0
         assert room.arrived_tokens_per_s == pytest.approx(120, rel=0.1)
+        assert room.arrived_squares_per_s == pytest.approx(2 * 60**2, rel=0.1)
         assert room.released_tokens_per_s == pytest.approx(60, rel=0.1)
 
     asyncio.run(scenario())

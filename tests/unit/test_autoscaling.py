@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+import random
 from datetime import UTC, datetime
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from phi4ray.serve.autoscaling import (
     ReplicaLoad,
     decide,
 )
+from phi4ray.serve.rate import Rate
 from phi4ray.serve.schedule import Window
 
 CAPACITY = 100_000.0
@@ -36,7 +39,7 @@ def policy(**settings: Any) -> AutoscalingPolicyConfig:
 class Fleet:
     """Replicas that take `start_s` to start and share their speed between their requests.
 
-    n tokens in flight are done in SECONDS_ALONE * (1 + n / half): the more, the slower.
+    n tokens in flight are done in alone_s * (1 + n / half): the more, the slower.
     """
 
     def __init__(
@@ -45,8 +48,10 @@ class Fleet:
         target: int = 1,
         start_s: float = 60.0,
         half: float = HALF,
+        alone_s: float = SECONDS_ALONE,
     ) -> None:
         self.config, self.target, self.start_s, self.half = config, target, start_s, half
+        self.alone_s = alone_s
         self.now = 1_000_000.0
         self.ready_at = [self.now] * target
         self.tokens = 0.0
@@ -58,26 +63,31 @@ class Fleet:
     def running(self) -> int:
         return sum(at <= self.now for at in self.ready_at)
 
-    def step(self, work: float, held: float = 0, seconds: float = 1.0) -> int:
-        """Let requests arrive that keep `work` replicas busy."""
-        arriving = work * self.half / SECONDS_ALONE
+    def step(
+        self, work: float, held: float = 0, seconds: float = 1.0, *, request: float = 0.0
+    ) -> int:
+        """Let requests arrive, of so many tokens each, that keep `work` replicas busy."""
+        arriving = work * self.half / self.alone_s
         for _ in range(10):
-            running = max(1, self.running)
-            share = self.tokens / running
-            self.released = self.tokens / (SECONDS_ALONE * (1 + share / self.half))
-            # Implicit Euler, for steps that are longer than a request takes.
-            passed_s = seconds / 10
-            rate = self.released / self.tokens if self.tokens else 0.0
-            self.tokens = (self.tokens + arriving * passed_s) / (1 + rate * passed_s)
-            self.now += passed_s
-        return self.look(arriving, held)
+            self.flow(arriving, seconds / 10)
+        return self.look(arriving, held, arriving * request)
 
-    def look(self, arriving: float, held: float) -> int:
+    def flow(self, arriving: float, seconds: float) -> None:
+        running = max(1, self.running)
+        share = self.tokens / running
+        self.released = self.tokens / (self.alone_s * (1 + share / self.half))
+        # Implicit Euler, for steps that are longer than a request takes.
+        rate = self.released / self.tokens if self.tokens else 0.0
+        self.tokens = (self.tokens + arriving * seconds) / (1 + rate * seconds)
+        self.now += seconds
+
+    def look(self, arriving: float, held: float, squares: float = 0.0) -> int:
         n = self.running
         share = self.tokens / n if n else 0.0
         load = ReplicaLoad(
             CAPACITY, min(share, CAPACITY), max(0.0, share - CAPACITY),
             arriving / max(1, n), self.released / max(1, n),
+            arrived_squares_per_s=squares / max(1, n),
         )  # fmt: skip
         self.last = decide(
             self.config,
@@ -284,22 +294,31 @@ def test_bounds_hold_and_the_state_is_json_whatever_happens(
 ) -> None:
     fleet = Fleet(policy(min_replicas=least, max_replicas=most), max(1, least), start_s)
     for work in trace:
-        assert least <= fleet.step(work, held=float(work > 10), seconds=7.0) <= most
+        given = {"held": float(work > 10), "seconds": 7.0, "request": 100 * work}
+        assert least <= fleet.step(work, **given) <= most
         assert len(json.dumps(fleet.state)) < 100_000
         assert fleet.cause in CAUSES
 
 
-@given(loads, st.floats(0, 20_000), st.floats(0, 20_000), st.floats(0, 5), st.floats(0, 5))
+@given(
+    loads,
+    st.floats(0, 20_000),
+    st.floats(0, 20_000),
+    st.floats(0, 5),
+    st.floats(0, 5),
+    st.sampled_from([0.0, 10.0, 1000.0]),
+)
 def test_more_demand_never_means_fewer_replicas(
-    before: list[float], one: float, other: float, arriving: float, more: float
+    before: list[float], one: float, other: float, arriving: float, more: float, request: float
 ) -> None:
     found = []
-    for tokens, rate in zip(sorted((one, other)), (arriving, arriving + more), strict=True):
+    for tokens, work in zip(sorted((one, other)), (arriving, arriving + more), strict=True):
         fleet = Fleet(policy(downscale_delay_s=20))
         for earlier in before:
-            fleet.step(earlier, seconds=5.0)
+            fleet.step(earlier, seconds=5.0, request=request)
         fleet.tokens = tokens
-        found.append(fleet.look(rate * TOKENS_PER_S, 0))
+        rate = work * TOKENS_PER_S
+        found.append(fleet.look(rate, 0, rate * request))
     assert found == sorted(found)
 
 
@@ -329,6 +348,59 @@ def test_at_a_constant_arrival_rate_the_count_settles_where_the_load_is_within_t
     fewer = math.ceil(work / 0.75 * 1.1 + headroom) + 1
     if slower == 1:
         assert counts[-1] <= fewer
+
+
+class Customers:
+    """Ask at random, one independently of the other, for answers of very different lengths."""
+
+    def __init__(self, fleet: Fleet, seed: int, mean_tokens: float) -> None:
+        self.fleet, self.chance, self.mean_tokens = fleet, random.Random(seed), mean_tokens
+        self.arrived, self.squares = Rate(), Rate()
+        self.next_at = fleet.now
+
+    def ask(self, per_s: float, for_s: float) -> tuple[list[int], list[str]]:
+        """The counts and the causes of a look every five seconds."""
+        fleet, counts, causes = self.fleet, [], []
+        end = fleet.now + for_s
+        while fleet.now < end:
+            fleet.flow(0.0, 5.0)
+            while self.next_at < fleet.now:
+                tokens = self.mean_tokens * self.chance.lognormvariate(-0.245, 0.7)
+                self.arrived.add(tokens, self.next_at)
+                self.squares.add(tokens**2, self.next_at)
+                fleet.tokens += tokens
+                self.next_at += self.chance.expovariate(per_s)
+            rates = self.arrived.per_s(fleet.now), self.squares.per_s(fleet.now)
+            counts.append(fleet.look(rates[0], 0.0, rates[1]))
+            causes.append(fleet.cause)
+        return counts, causes
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("per_s", "work", "needed"), [(0.5, 0.9, 2), (0.5, 1.5, 3)])
+def test_few_large_requests_at_a_steady_rate_order_hardly_more_than_they_need(
+    seed: int, per_s: float, work: float, needed: int
+) -> None:
+    # Each takes half a minute alone.
+    fleet = Fleet(policy(headroom_replicas=0.5), target=needed, alone_s=30.0)
+    customers = Customers(fleet, seed, mean_tokens=work * HALF / 30.0 / per_s)
+    counts, causes = customers.ask(per_s, for_s=3600)
+    assert "trend" not in causes
+    assert fmean(counts) <= 1.15 * needed
+    assert sum(a != b for a, b in itertools.pairwise(counts)) <= 4
+
+
+@pytest.mark.parametrize(("tokens", "trend"), [(20.0, True), (2000.0, False)])
+def test_what_many_requests_say_of_a_rise_a_few_large_ones_do_not(
+    tokens: float, trend: bool
+) -> None:
+    fleet = Fleet(policy())
+    fleet.settle(0.5)
+    causes = set()
+    for second in range(40):
+        fleet.step(0.5 + 0.02 * second, request=tokens)
+        causes.add(fleet.cause)
+    assert ("trend" in causes) is trend
 
 
 def after_silence(config: AutoscalingPolicyConfig, target: int, **load: float) -> Decision:
