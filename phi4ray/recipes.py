@@ -63,7 +63,7 @@ _RECIPES = (
             "half_speed_tokens": 34_000.0,
             "target_slowdown": 8.0,
             "lookahead_s": 100.0,
-            "downscale_delay_s": 120.0,
+            "downscale_delay_s": 90.0,
         },
         # What online requests have at p99 where they alone fill the card is 49 to 59 ms. Steps with
         # lumps of this size reach the target, while one is on its way (benchmarks/RESULTS.md).
