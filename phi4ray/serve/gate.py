@@ -1,7 +1,6 @@
 """The ASGI layer that lets in who may ask, as much as they may, in requests of sane size."""
 
 import contextlib
-import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
@@ -14,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from phi4ray.config import Config
 from phi4ray.protocol import Json, has_more_values
 from phi4ray.serve import metrics
+from phi4ray.serve.body import BodyError, json_object
 from phi4ray.serve.headers import is_form, is_preflight, key_of, rate_limits
 from phi4ray.serve.limits import Limiter, Refused
 from phi4ray.serve.paths import FILES, OPEN, of_batches
@@ -40,20 +40,8 @@ class GateConfig(Config):
     )
 
 
-DEEPEST_JSON = 128
-"""Levels of arrays and objects in a body: more than any request has, and so few that no layer
-behind this one, which may recurse on it, meets Python's limit of 1,000 frames."""
-
-
 FORM_BYTES = 128 * 1024
 """What a file's body may have besides the file."""
-
-
-class BodyError(Exception):
-    """A body that no layer behind this one should see."""
-
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(status, code, message)
 
 
 class Gate:
@@ -119,74 +107,79 @@ class Gate:
             if tenant.disabled:
                 await refuse(403, "tenant_disabled", "this API key's owner is disabled")
                 return
-        state = State.of(scope)
-        try:
-            replay = await self._read(scope, headers, receive, state)
-        except BodyError as error:
-            await refuse(*error.args)
-            return
-        if replay is None:
-            return
-        if tenant is None:
+        if tenant is not None:
+            await self._limited(tenant, scope, headers, receive, send)
+        elif (replay := await self._read(scope, headers, receive, send)) is not None:
             await self.app(scope, replay, send)
-        else:
-            await self._limited(tenant, scope, replay, send)
 
     def _open_accounts(self, now_s: float) -> None:
         if self._keys is not None and self._keys.tenants is not self._known:
             self._known = self._keys.tenants
             self.limiter.open(self._known, now_s)
 
-    async def _limited(self, tenant: Tenant, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _limited(
+        self,
+        tenant: Tenant,
+        scope: Scope,
+        headers: Mapping[bytes, bytes],
+        receive: Receive,
+        send: Send,
+    ) -> None:
         state = State.of(scope)
-        state.priority = tenant.priority
-        state.models = may = tenant.models
-        body = None if of_batches(scope["path"]) else state.body  # a batch names a file, no model
-        # vLLM gives a request that names no model its first one, whichever that is.
-        if may is not None and body is not None and body.get("model") not in may:
-            message = f"'model' must be one that this API key may use: {', '.join(may)}"
-            await _refuse(send, 403, "model_not_allowed", message)
-            return
-        if may is not None and is_form(scope) and not of_batches(scope["path"]):
-            message = f"this API key may use {', '.join(may)} only, and forms are not looked into"
-            await _refuse(send, 403, "model_not_allowed", f"{message}: send JSON")
-            return
-        now_s = time.monotonic()  # an upload may have taken its time
-        tokens = self._demand(scope["path"], state.body)
-        lease = self.limiter.acquire(tenant, tokens, now_s)
-        left = rate_limits(self.limiter.remaining(tenant, now_s))
+        limiter = self.limiter
+        # Before the body is read: none is held for who may not ask, nor more than may at once.
+        lease = limiter.acquire(tenant, 0.0, time.monotonic())
         if isinstance(lease, Refused):
-            await _refuse(
-                send, 429, "rate_limit_exceeded",
-                f"the limit of {lease.limit} is reached; try again in {lease.retry_after_s} s",
-                kind="rate_limit_error",
-                headers={"retry-after": str(lease.retry_after_s), **left},
-            )  # fmt: skip
+            await self._over_limit(tenant, lease, send)
             return
-        extra = [(name.encode(), value.encode()) for name, value in left.items()]
-
-        # No coroutine of its own: every chunk of every stream goes through here.
-        def with_limits(message: Message) -> Awaitable[None]:
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), *extra]}
-            return send(message)
-
+        asked = False
         try:
-            await self.app(scope, receive, with_limits)
+            replay = await self._read(scope, headers, receive, send)
+            if replay is None or not await _may(tenant, scope, send):
+                return
+            now_s = time.monotonic()  # the body may have taken its time
+            over = limiter.charge(lease, self._demand(scope["path"], state.body), now_s)
+            asked = over is None
+            if over is None:
+                left = rate_limits(limiter.remaining(tenant, now_s))
+                await self.app(scope, replay, _with_headers(left, send))
         finally:
-            used: float | None = None
-            if state.usage is not None:
-                used = state.usage.prompt_tokens + state.usage.completion_tokens
-            elif state.status >= 400:
-                used = 0.0
-            self.limiter.release(lease, used, time.monotonic())
+            now_s = time.monotonic()
+            if asked:
+                limiter.release(lease, _used(state), now_s)
+            else:
+                limiter.cancel(lease, now_s)
+        if over is not None:
+            await self._over_limit(tenant, over, send)
+
+    async def _over_limit(self, tenant: Tenant, over: Refused, send: Send) -> None:
+        left = rate_limits(self.limiter.remaining(tenant, time.monotonic()))
+        await _refuse(
+            send, 429, "rate_limit_exceeded",
+            f"the limit of {over.limit} is reached; try again in {over.retry_after_s} s",
+            kind="rate_limit_error",
+            headers={"retry-after": str(over.retry_after_s), **left},
+        )  # fmt: skip
 
     async def _read(
-        self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, state: State
+        self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, send: Send
+    ) -> Receive | None:
+        """As `_read_body`; None as well when the body was refused."""
+        try:
+            return await self._read_body(scope, headers, receive)
+        except BodyError as error:
+            await _refuse(send, *error.args)
+            return None
+
+    async def _read_body(
+        self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive
     ) -> Receive | None:
         """Read the body, put its JSON object into the state; gives a `receive` that replays it.
 
         None: the client hung up before it had sent everything.
+
+        Raises:
+            BodyError: no layer behind this one should see it.
         """
         limit = self._config.max_body_bytes
         upload = scope["method"] == "POST" and scope["path"] == FILES and self._max_file_bytes
@@ -216,7 +209,7 @@ class Gate:
         most = self._config.max_body_values
         if has_more_values(body, most):
             raise BodyError(413, "body_too_complex", f"a body may have {most:,} values")
-        state.body = _json_object(body)
+        State.of(scope).body = json_object(body)
         messages.reverse()
 
         async def replay() -> Message:
@@ -225,33 +218,45 @@ class Gate:
         return replay
 
 
+async def _may(tenant: Tenant, scope: Scope, send: Send) -> bool:
+    """Whether a tenant may name the model that a request names; refuses it if not."""
+    state = State.of(scope)
+    state.priority = tenant.priority
+    state.models = may = tenant.models
+    if may is None or of_batches(scope["path"]):  # a batch names a file, no model
+        return True
+    message = ""
+    # vLLM gives a request that names no model its first one, whichever that is.
+    if state.body is not None and state.body.get("model") not in may:
+        message = f"'model' must be one that this API key may use: {', '.join(may)}"
+    elif is_form(scope):
+        message = (
+            f"this API key may use {', '.join(may)} only, and forms are not looked into: send JSON"
+        )
+    if message:
+        await _refuse(send, 403, "model_not_allowed", message)
+    return not message
+
+
+def _with_headers(fields: Mapping[str, str], send: Send) -> Send:
+    extra = [(name.encode(), value.encode()) for name, value in fields.items()]
+
+    # No coroutine of its own: every chunk of every stream goes through here.
+    def with_headers(message: Message) -> Awaitable[None]:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), *extra]}
+        return send(message)
+
+    return with_headers
+
+
+def _used(state: State) -> float | None:
+    """Tokens that a request has used; None if nobody counted them."""
+    if state.usage is not None:
+        return state.usage.prompt_tokens + state.usage.completion_tokens
+    return 0.0 if state.status >= 400 else None
+
+
 async def _refuse(send: Send, status: int, code: str, message: str, **options: Any) -> None:
     metrics.REJECTED.labels(code).inc()
     await send_error(send, status, code, message, **options)
-
-
-def _json_object(body: bytes) -> Json | None:
-    too_deep = BodyError(400, "invalid_json", f"a body may be nested {DEEPEST_JSON} levels deep")
-    try:
-        value = json.loads(body)
-    except ValueError:
-        return None  # vLLM words that refusal
-    except RecursionError:
-        raise too_deep from None
-    # Counting costs next to nothing, and spares nearly every request the walk.
-    if body.count(b"[") + body.count(b"{") > DEEPEST_JSON and _deeper(value, DEEPEST_JSON):
-        raise too_deep
-    return value if isinstance(value, dict) else None
-
-
-def _deeper(value: Any, levels: int) -> bool:
-    """Whether arrays and objects lie in each other more than so many deep."""
-    inside = [value]
-    for _ in range(levels + 1):
-        inside = [one for one in inside if isinstance(one, dict | list)]
-        if not inside:
-            return False
-        inside = [
-            child for one in inside for child in (one.values() if isinstance(one, dict) else one)
-        ]
-    return True

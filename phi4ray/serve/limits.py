@@ -117,6 +117,22 @@ class Limiter:
         account.running += 1
         return Lease(tenant.name, tokens, now_s)
 
+    def charge(self, lease: Lease, tokens: float, now_s: float) -> Refused | None:
+        """Take tokens for a request that is let in already, or say when there are enough."""
+        account = self._accounts[lease.tenant]
+        bucket = account.tokens
+        if bucket is not None and (wait_s := bucket.wait_s(tokens, now_s)) > 0:
+            return Refused("tokens", _whole_seconds(wait_s))
+        _spend(account, 0.0, tokens, now_s)
+        lease.tokens += tokens
+        return None
+
+    def cancel(self, lease: Lease, now_s: float) -> None:
+        """End a request as if it had never come."""
+        account = self._accounts[lease.tenant]
+        account.running -= 1
+        _spend(account, -1.0, -lease.tokens, now_s)
+
     def release(self, lease: Lease, used_tokens: float | None, now_s: float) -> None:
         """End a request; the tokens that it did not use go back. None: it used what it took."""
         account = self._accounts[lease.tenant]

@@ -21,7 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phi4ray.errors import ConfigError
 from phi4ray.protocol import Json
-from phi4ray.serve.gate import DEEPEST_JSON, Gate, GateConfig
+from phi4ray.serve.body import DEEPEST_JSON
+from phi4ray.serve.gate import Gate, GateConfig
 from phi4ray.serve.headers import FORM
 from phi4ray.serve.limits import Spent
 from phi4ray.serve.meter import Usage
@@ -225,6 +226,24 @@ def test_a_body_is_not_read_before_its_key_is_known(tmp_path: Path) -> None:
 
     asyncio.run(Observe(gated(App(), **keys(tmp_path)))(http_scope(), receive, send))
     assert statuses[0] == 401
+
+
+def test_a_body_is_not_read_for_a_tenant_that_is_over_its_limits_whatever_is_in_it(
+    tmp_path: Path,
+) -> None:
+    gate = gated(App(), **keys(tmp_path, requests_per_minute=1))
+    answer_to(gate, headers=KEY)
+    statuses: list[int] = []
+
+    async def receive() -> Message:
+        raise AssertionError("the body was asked for")
+
+    async def send(message: Message) -> None:
+        statuses.append(message.get("status", 0))
+
+    scope = http_scope(headers=[(b"authorization", b"Bearer secret")])
+    asyncio.run(Observe(gate)(scope, receive, send))
+    assert statuses[0] == 429
 
 
 PREFLIGHT = {
@@ -583,6 +602,17 @@ def test_a_client_that_hangs_up_while_it_sends_costs_its_tenant_nothing(tmp_path
             connection.sendall(HELLO)
             assert connection.recv(64).startswith(b"HTTP/1.1 200")
     assert app.bodies == [HELLO]
+
+
+def test_bodies_that_still_come_count_among_the_requests_at_once(tmp_path: Path) -> None:
+    gate = gated(App(), **keys(tmp_path, max_concurrency=1))
+    with listening(gate) as server:
+        with connected(server, "content-length: 1000"):
+            until(lambda: server.server_state.tasks, 10)
+            with connected(server, "content-length: 1000") as connection:
+                assert connection.recv(64).startswith(b"HTTP/1.1 429")
+        until(lambda: not server.server_state.tasks, 10)
+    assert running(gate) == 0
 
 
 def test_a_client_that_hangs_up_in_the_stream_gives_its_place_back(tmp_path: Path) -> None:

@@ -95,6 +95,27 @@ def test_a_refused_request_takes_nothing() -> None:
     assert limiter.remaining(who, 0.0) == Remaining((10, 9), (100, 10))
 
 
+def test_a_requests_tokens_may_be_known_later_than_that_it_comes() -> None:
+    limiter, who = Limiter(), tenant(requests_per_minute=10, tokens_per_minute=100)
+    lease = limiter.acquire(who, 0, 0.0)
+    assert isinstance(lease, Lease)
+    assert limiter.charge(lease, 90, 0.0) is None
+    assert limiter.charge(lease, 50, 0.0) == Refused("tokens", 24)
+    assert limiter.remaining(who, 0.0) == Remaining((10, 9), (100, 10))
+    limiter.release(lease, 20, 0.0)
+    assert limiter.remaining(who, 0.0) == Remaining((10, 9), (100, 80))
+
+
+def test_a_request_that_is_cancelled_was_never_there() -> None:
+    limiter, who = Limiter(), tenant(requests_per_minute=10, max_concurrency=1)
+    lease = limiter.acquire(who, 5, 0.0)
+    assert isinstance(lease, Lease)
+    limiter.cancel(lease, 1.0)
+    assert limiter.remaining(who, 1.0) == Remaining((10, 10), None)
+    assert limiter.take_spent() == {}
+    assert admitted(limiter, who, 1, 1.0) == 1
+
+
 def test_requests_at_once() -> None:
     limiter, who = Limiter(), tenant(max_concurrency=1)
     lease = limiter.acquire(who, 0, 0.0)
