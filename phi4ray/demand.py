@@ -5,6 +5,8 @@ Batch pacing, online admission and per-key limits speak these tokens.
 
 from dataclasses import dataclass
 
+from pydantic import TypeAdapter, ValidationError
+
 from phi4ray.protocol import Json
 
 FORGET_ROWS = 4096.0
@@ -15,6 +17,11 @@ TOKENS_PER_CHAR = (1 / 16, 1.5)
 
 One client's requests are not to change what is expected of all others' beyond that.
 """
+
+MOST_CHOICES = 16_384
+"""vLLM refuses more."""
+
+_INTEGER = TypeAdapter(int)
 
 
 @dataclass(slots=True)
@@ -27,8 +34,10 @@ class Lengths:
     completion_tokens: float = 8 * 256.0
     rows: float = 8.0
 
-    def observe(self, prompt_chars: int, prompt_tokens: int, completion_tokens: int) -> None:
-        """Count one finished request.
+    def observe(
+        self, prompt_chars: int, prompt_tokens: int, completion_tokens: int, sequences: int = 1
+    ) -> None:
+        """Count one finished request; of all its sequences' answers the mean.
 
         Tokens that its text cannot have are not: they are a template's, or of what was not read.
         """
@@ -36,7 +45,7 @@ class Lengths:
         prompt_tokens = min(max(prompt_tokens, int(least * prompt_chars)), int(most * prompt_chars))
         self.prompt_chars += prompt_chars
         self.prompt_tokens += prompt_tokens
-        self.completion_tokens += completion_tokens
+        self.completion_tokens += completion_tokens / sequences
         self.rows += 1
         if self.rows > FORGET_ROWS:
             self.prompt_chars /= 2
@@ -44,32 +53,69 @@ class Lengths:
             self.completion_tokens /= 2
             self.rows /= 2
 
-    def demand(self, prompt_chars: int, max_tokens: int | None, prompt_tokens: int = 0) -> float:
-        """Tokens of KV cache that a request will hold in the end: its prompt and its answer.
+    def demand(
+        self,
+        prompt_chars: int,
+        max_tokens: int | None,
+        prompt_tokens: int = 0,
+        sequences: int = 1,
+    ) -> float:
+        """Tokens of KV cache that a request will hold in the end: its prompts and its answers.
 
-        A stated limit counts no more than twice the mean answer: most requests end long before
-        it, and a cache kept free for what never comes is wasted. The engine preempts if not.
+        `max_tokens` is over all its sequences. It counts no more than twice the mean answer: most
+        requests end long before it, and a cache kept free for what never comes is wasted. The
+        engine preempts if not. Choices share the blocks of their prompt.
         """
         prompt = prompt_tokens + prompt_chars * self.prompt_tokens / self.prompt_chars
-        mean = self.completion_tokens / self.rows
+        mean = sequences * self.completion_tokens / self.rows
         return prompt + (mean if max_tokens is None else min(max_tokens, 2 * mean))
 
 
 def max_tokens_of(body: Json) -> int | None:
-    """The limit that a request sets to its answer, over all its choices; None for a bad one."""
+    """The limit that a request sets to its answers, over all its sequences; None for a bad one."""
     limit = (
         body.get("max_completion_tokens") or body.get("max_tokens") or body.get("max_output_tokens")
     )
-    choices = body.get("n") or 1
-    if isinstance(limit, int) and isinstance(choices, int) and limit > 0 and choices > 0:
-        return limit * choices
+    choices = _choices(body)
+    if isinstance(limit, int) and limit > 0 and choices is not None:
+        return limit * choices * _prompts(body)
     return None
+
+
+def sequences_of(body: Json) -> int:
+    """Sequences that the engine holds for a request: so many choices for each of its prompts."""
+    return (_choices(body) or 1) * _prompts(body)
+
+
+def as_vllm_reads(number: object) -> int | None:
+    """An integer of a body: "-5" and -5.0 are -5. None: there is none, or vLLM refuses it."""
+    try:
+        return _INTEGER.validate_python(number)
+    except ValidationError:
+        return None
+
+
+def _choices(body: Json) -> int | None:
+    """Answers to each prompt; None for a bad number of them."""
+    stated = body.get("n")
+    choices = 1 if stated is None else as_vllm_reads(stated)
+    return choices if choices is not None and 0 < choices <= MOST_CHOICES else None
+
+
+def _prompts(body: Json) -> int:
+    """Prompts and, where the messages are of several, conversations."""
+    many = body.get("messages") or body.get("prompt") or body.get("input")
+    if isinstance(many, list) and many and isinstance(many[0], str | list):
+        return len(many)
+    return 1
 
 
 def prompt_of(body: Json) -> str:
     """What the engine sees of a request, as one text: for lengths and for shared prefixes."""
     messages = body.get("messages")
     if isinstance(messages, list):
+        if messages and isinstance(messages[0], list):  # of several conversations
+            messages = [message for one in messages if isinstance(one, list) for message in one]
         return "\n".join(str(m.get("content")) if isinstance(m, dict) else "" for m in messages)
     return str(body.get("prompt") or body.get("input") or "")
 

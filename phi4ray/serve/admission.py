@@ -66,6 +66,7 @@ class _Place:
     priority: int
     arrival: int
     tokens: float = field(compare=False)
+    sequences: int = field(compare=False)
     granted: asyncio.Future[None] = field(compare=False)
 
 
@@ -84,6 +85,9 @@ class Admission:
         self.capacity_tokens = max(1.0, capacity_tokens * config.oversubscribe)
         self.max_num_seqs = max_num_seqs
         self.running = 0
+        """Requests that have room."""
+        self.sequences = 0
+        """Sequences that the engine has for them."""
         self.used_tokens = 0.0
         self.totals = Totals()
         self._clock = clock
@@ -125,44 +129,47 @@ class Admission:
         """Demand of the requests that end."""
         return self._released.per_s(self._clock())
 
-    def has_room(self, tokens: float) -> bool:
+    def has_room(self, tokens: float, sequences: int = 1) -> bool:
         """Whether a request of this demand would not have to wait."""
-        return not self._queue and self._fits(min(tokens, self.capacity_tokens))
+        return not self._queue and self._fits(min(tokens, self.capacity_tokens), sequences)
 
     @contextlib.asynccontextmanager
-    async def admit(self, tokens: float, priority: int = 0) -> AsyncIterator[float]:
+    async def admit(
+        self, tokens: float, priority: int = 0, sequences: int = 1
+    ) -> AsyncIterator[float]:
         """Hold room for a request inside the block; gives the seconds it waited.
 
         A request that is larger than the whole cache counts as all of it: the engine, which knows
-        its exact size, words that refusal. Lower `priority` goes first, as in vLLM.
+        its exact size, words that refusal. So does one of more sequences than the engine has at
+        once: it goes through them in turns. Lower `priority` goes first, as in vLLM.
 
         Raises:
             OverloadedError: there was no room in time.
         """
         tokens = min(tokens, self.capacity_tokens)
+        sequences = min(sequences, self.max_num_seqs)
         began = self._clock()
         self._arrived.add(tokens, began)
         self._squares.add(tokens * tokens, began)
         self.on_arrival(tokens, began)
-        await self._acquire(tokens, priority)
+        await self._acquire(tokens, priority, sequences)
         waited_s = self._clock() - began
         self.totals.admitted += 1
         self.totals.queued_s += waited_s
         try:
             yield waited_s
         finally:
-            self._release(tokens)
+            self._release(tokens, sequences)
 
-    async def _acquire(self, tokens: float, priority: int) -> None:
-        if self.has_room(tokens):
-            self._take(tokens)
+    async def _acquire(self, tokens: float, priority: int, sequences: int) -> None:
+        if self.has_room(tokens, sequences):
+            self._take(tokens, sequences)
             return
         began = self._clock()
         if self.queued >= self.config.max_queued_requests or not self.config.queue_timeout_s:
             raise self._overloaded(tokens, began)
-        place = _Place(
-            priority, next(self._arrivals), tokens, asyncio.get_running_loop().create_future()
-        )
+        granted = asyncio.get_running_loop().create_future()
+        place = _Place(priority, next(self._arrivals), tokens, sequences, granted)
         heapq.heappush(self._queue, place)
         self.on_change()
         self._grant()  # those in front may all have given up
@@ -174,26 +181,29 @@ class Admission:
             if place.granted.done() and not place.granted.cancelled():
                 if isinstance(error, TimeoutError):
                     return
-                self._release(tokens)
+                self._release(tokens, sequences)
             place.granted.cancel()
             self._grant()  # it may have been the head that the others waited behind
             if isinstance(error, TimeoutError):
                 raise self._overloaded(tokens, began) from None
             raise
 
-    def _fits(self, tokens: float) -> bool:
+    def _fits(self, tokens: float, sequences: int) -> bool:
         within = (
-            self.running < self.max_num_seqs and self.used_tokens + tokens <= self.capacity_tokens
+            self.sequences + sequences <= self.max_num_seqs
+            and self.used_tokens + tokens <= self.capacity_tokens
         )
         return not self.running or within
 
-    def _take(self, tokens: float) -> None:
+    def _take(self, tokens: float, sequences: int) -> None:
         self.running += 1
+        self.sequences += sequences
         self.used_tokens += tokens
         self.on_change()
 
-    def _release(self, tokens: float) -> None:
+    def _release(self, tokens: float, sequences: int) -> None:
         self.running -= 1
+        self.sequences -= sequences
         self.used_tokens -= tokens
         if not self.running:
             self.used_tokens = 0.0  # what rounding has left
@@ -206,9 +216,9 @@ class Admission:
             place = self._queue[0]
             if place.granted.done():
                 heapq.heappop(self._queue)
-            elif self._fits(place.tokens):
+            elif self._fits(place.tokens, place.sequences):
                 heapq.heappop(self._queue)
-                self._take(place.tokens)
+                self._take(place.tokens, place.sequences)
                 place.granted.set_result(None)
             else:
                 return

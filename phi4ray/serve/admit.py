@@ -4,11 +4,18 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import AsyncIterator
+from typing import NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from phi4ray.demand import Lengths, max_tokens_of, prompt_of, prompt_token_ids
+from phi4ray.demand import (
+    Lengths,
+    as_vllm_reads,
+    max_tokens_of,
+    prompt_of,
+    prompt_token_ids,
+    sequences_of,
+)
 from phi4ray.protocol import Json
 from phi4ray.serve import metrics
 from phi4ray.serve.admission import Admission, OverloadedError
@@ -17,7 +24,20 @@ from phi4ray.serve.paths import GENERATING
 from phi4ray.serve.responses import send_error
 from phi4ray.serve.state import State
 
-_INTEGER = TypeAdapter(int)
+
+class _Size(NamedTuple):
+    """What a body says of its demand: the arguments of `Lengths.demand`."""
+
+    chars: int
+    limit: int | None
+    ids: int
+    sequences: int
+
+    @classmethod
+    def of(cls, body: Json) -> "_Size":
+        ids = prompt_token_ids(body)
+        chars = 0 if ids else len(prompt_of(body))
+        return cls(chars, max_tokens_of(body), ids, sequences_of(body))
 
 
 class Admit:
@@ -33,7 +53,7 @@ class Admit:
         """Tokens that a request is expected to hold; 0 for what needs no KV cache."""
         if path not in GENERATING or body is None:
             return 0
-        return self._lengths.demand(*_size(body))
+        return self._lengths.demand(*_Size.of(body))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection; see the ASGI specification."""
@@ -41,7 +61,7 @@ class Admit:
         if state is None or state.body is None or scope["path"] not in GENERATING:
             await self.app(scope, receive, send)
             return
-        wished = _as_vllm_reads(state.body.get("priority"))
+        wished = as_vllm_reads(state.body.get("priority"))
         least = min(0, state.priority)
         if wished is not None and wished < least:
             # The engine would put it before others that have the same right.
@@ -50,16 +70,16 @@ class Admit:
                 f"'priority' must not be below {least}",
             )  # fmt: skip
             return
-        chars, limit, ids = _size(state.body)
-        tokens = self._lengths.demand(chars, limit, ids)
+        size = _Size.of(state.body)
+        tokens = self._lengths.demand(*size)
         waiting = _Waiting(receive)
         try:
             with self._meter.request(state.request_id) as usage:
                 # Watching costs a task, which most requests need not pay for.
-                room = self.admission.has_room(tokens)
+                room = self.admission.has_room(tokens, size.sequences)
                 async with (
                     contextlib.nullcontext() if room else waiting.or_gone(),
-                    self.admission.admit(tokens, state.priority) as state.queued_s,
+                    self.admission.admit(tokens, state.priority, size.sequences) as state.queued_s,
                 ):
                     waiting.over()
                     metrics.QUEUE_TIME.observe(state.queued_s)
@@ -67,7 +87,7 @@ class Admit:
                 # Holding nothing any more: what was hung up is never counted.
                 if state.status == 200 and await usage.settled():
                     state.usage = usage
-                    self._learn(chars, ids, usage)
+                    self._learn(size, usage)
         except OverloadedError as error:
             metrics.REJECTED.labels("engine_overloaded").inc()
             await send_error(
@@ -79,21 +99,9 @@ class Admit:
                 headers={"retry-after": str(error.retry_after_s)},
             )
 
-    def _learn(self, chars: int, ids: int, usage: Usage) -> None:
-        self._lengths.observe(chars, max(0, usage.prompt_tokens - ids), usage.completion_tokens)
-
-
-def _as_vllm_reads(priority: object) -> int | None:
-    """A body's priority: "-5" and -5.0 are -5. None: there is none, or vLLM refuses it."""
-    try:
-        return _INTEGER.validate_python(priority)
-    except ValidationError:
-        return None
-
-
-def _size(body: Json) -> tuple[int, int | None, int]:
-    ids = prompt_token_ids(body)
-    return (0 if ids else len(prompt_of(body))), max_tokens_of(body), ids
+    def _learn(self, size: _Size, usage: Usage) -> None:
+        prompt_tokens = max(0, usage.prompt_tokens - size.ids)
+        self._lengths.observe(size.chars, prompt_tokens, usage.completion_tokens, size.sequences)
 
 
 class _Waiting:

@@ -189,7 +189,7 @@ class Harvest:
             capacity_tokens=online.capacity_tokens,
             max_num_seqs=online.max_num_seqs,
             online_tokens=online.used_tokens,
-            online_sequences=online.running,
+            online_sequences=online.sequences,
             recent_tokens=self._recent.observe(online.used_tokens, now),
             step_sequences=self._control.keep,
             idle=self._idle,

@@ -17,7 +17,7 @@ from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import PLAN_NAME, Plan, read_plan
 from phi4ray.batch.worker import ShardWorker, WorkerStats, storage_retry
 from phi4ray.config import Endpoint, EngineConfig
-from phi4ray.demand import Lengths, max_tokens_of, prompt_of, prompt_token_ids
+from phi4ray.demand import Lengths, max_tokens_of, prompt_of, prompt_token_ids, sequences_of
 from phi4ray.errors import ClusterError, EngineDeadError, Phi4rayError, PlanMismatchError
 from phi4ray.preemption import Preemptible
 from phi4ray.protocol import Answer, Json, KVState, Replica
@@ -45,8 +45,9 @@ class HarvestedReplica:
 
     async def complete(self, endpoint: Endpoint, body: Json) -> Answer:
         """See `phi4ray.protocol.Replica.complete`. Waiting for slack is not under the timeout."""
-        chars, ids = len(prompt_of(body)), prompt_token_ids(body)
-        demand = partial(self._lengths.demand, 0 if ids else chars, prompt_tokens=ids)
+        ids, sequences = prompt_token_ids(body), sequences_of(body)
+        chars = 0 if ids else len(prompt_of(body))
+        demand = partial(self._lengths.demand, chars, prompt_tokens=ids, sequences=sequences)
         body = {**body, "priority": BATCH_PRIORITY}
         row = Preemptible()
 
@@ -58,7 +59,7 @@ class HarvestedReplica:
         usage: Json = answer.body.get("usage") or {}
         if prompt_tokens := usage.get("prompt_tokens"):
             completion_tokens = usage.get("completion_tokens") or 0
-            self._lengths.observe(0 if ids else chars, prompt_tokens - ids, completion_tokens)
+            self._lengths.observe(chars, prompt_tokens - ids, completion_tokens, sequences)
         return answer
 
     def kv(self) -> KVState:

@@ -22,13 +22,15 @@ def admission(
 class Client:
     """A request that holds its room until it is told to end."""
 
-    def __init__(self, room: Admission, tokens: float, priority: int = 0) -> None:
+    def __init__(
+        self, room: Admission, tokens: float, priority: int = 0, sequences: int = 1
+    ) -> None:
         self._end = asyncio.Event()
         self.inside = False
-        self.task = asyncio.create_task(self._run(room, tokens, priority))
+        self.task = asyncio.create_task(self._run(room, tokens, priority, sequences))
 
-    async def _run(self, room: Admission, tokens: float, priority: int) -> None:
-        async with room.admit(tokens, priority):
+    async def _run(self, room: Admission, tokens: float, priority: int, sequences: int) -> None:
+        async with room.admit(tokens, priority, sequences):
             self.inside = True
             await self._end.wait()
 
@@ -61,6 +63,26 @@ def test_requests_go_in_until_the_engine_has_all_its_sequences() -> None:
         assert [client.inside for client in clients] == [True, True, False]
         for client in clients:
             await client.end()
+
+    asyncio.run(scenario())
+
+
+def test_a_request_counts_as_the_sequences_that_it_holds() -> None:
+    async def scenario() -> None:
+        room = admission(seqs=4)
+        four, one = Client(room, 1, sequences=4), Client(room, 1)
+        await settle()
+        assert (four.inside, one.inside, room.sequences) == (True, False, 4)
+        await four.end()
+        await settle()
+        many = Client(room, 1, sequences=99)  # more than the engine has at once: alone
+        await settle()
+        assert (one.inside, many.inside) == (True, False)
+        await one.end()
+        await settle()
+        assert (many.inside, room.sequences, room.has_room(1)) == (True, 4, False)
+        await many.end()
+        assert room.sequences == 0
 
     asyncio.run(scenario())
 
@@ -215,8 +237,9 @@ def test_room_is_never_exceeded_nor_lost_whatever_ends_when(
         async def one() -> None:
             nonlocal most
             with contextlib.suppress(OverloadedError):
-                async with room.admit(chance.randint(1, 100), chance.randint(0, 2)):
-                    assert room.running <= seqs
+                sequences = chance.randint(1, 4)
+                async with room.admit(chance.randint(1, 100), chance.randint(0, 2), sequences):
+                    assert room.running <= room.sequences <= seqs
                     if room.running > 1:
                         assert room.used_tokens <= capacity
                     most = max(most, room.used_tokens)
@@ -229,7 +252,7 @@ def test_room_is_never_exceeded_nor_lost_whatever_ends_when(
                 task.cancel()
         for result in await asyncio.gather(*tasks, return_exceptions=True):
             assert result is None or isinstance(result, asyncio.CancelledError)
-        assert (room.running, room.used_tokens, room.queued) == (0, 0.0, 0)
+        assert (room.running, room.sequences, room.used_tokens, room.queued) == (0, 0, 0.0, 0)
         assert most <= capacity
         async with asyncio.timeout(1), room.admit(capacity):
             pass

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi4ray.demand import Lengths, max_tokens_of, prompt_of, prompt_token_ids
+from phi4ray.demand import Lengths, max_tokens_of, prompt_of, prompt_token_ids, sequences_of
 
 
 def test_demand_is_the_prompt_and_the_most_it_may_produce() -> None:
@@ -36,6 +36,9 @@ def test_a_limit_that_answers_never_reach_does_not_empty_the_engine() -> None:
         ({"max_tokens": 5}, 5),
         ({"max_tokens": 5, "max_completion_tokens": 7}, 7),
         ({"max_tokens": 5, "n": 3}, 15),
+        ({"max_tokens": 5, "n": "3"}, 15),
+        ({"max_tokens": 5, "n": 2, "prompt": ["a", "b", "c"]}, 30),
+        ({"max_tokens": 5, "n": 10**400}, None),
         ({"max_tokens": None, "n": None}, None),
         ({"max_tokens": 0}, None),
         ({"max_tokens": -5}, None),
@@ -63,6 +66,7 @@ def test_demand_is_never_negative_and_always_finite(chars: int, limit: int | Non
         ({"messages": [{"content": None}, 5]}, "None\n"),
         ({"prompt": "a"}, "a"),
         ({"prompt": [1, 2]}, "[1, 2]"),
+        ({"messages": [[{"content": "a"}, {"content": "b"}], [{"content": "c"}], 5]}, "a\nb\nc"),
         ({"input": "a"}, "a"),
         ({}, ""),
     ],
@@ -85,6 +89,40 @@ def test_a_requests_prompt_is_one_text(body: dict[str, Any], prompt: str) -> Non
 )
 def test_token_ids_are_counted_and_not_guessed(body: dict[str, Any], tokens: int) -> None:
     assert prompt_token_ids(body) == tokens
+
+
+@pytest.mark.parametrize(
+    ("body", "sequences"),
+    [
+        ({}, 1),
+        ({"prompt": "abc"}, 1),
+        ({"prompt": [1, 2, 3]}, 1),
+        ({"prompt": ["a", "b"]}, 2),
+        ({"prompt": [[1, 2], [3], [4]]}, 3),
+        ({"prompt": ["a", "b"], "n": 4}, 8),
+        ({"input": ["a", "b"]}, 2),
+        ({"input": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}, 1),
+        ({"messages": [{"content": "a"}, {"content": "b"}], "n": 3}, 3),
+        ({"messages": [[{"content": "a"}], [{"content": "b"}]]}, 2),
+        ({"n": 3.0}, 3),
+        ({"n": 0}, 1),
+        ({"n": 10**400}, 1),
+        ({"n": {}, "prompt": []}, 1),
+    ],
+)
+def test_a_request_holds_a_sequence_for_each_choice_of_each_prompt(
+    body: dict[str, Any], sequences: int
+) -> None:
+    assert sequences_of(body) == sequences
+
+
+def test_demand_is_of_all_sequences_and_what_is_learnt_of_one() -> None:
+    lengths = Lengths()
+    for _ in range(10_000):
+        lengths.observe(300, prompt_tokens=100, completion_tokens=200, sequences=4)
+    assert lengths.demand(300, None, sequences=8) == pytest.approx(100 + 8 * 50, rel=0.02)
+    assert lengths.demand(300, 8 * 10, sequences=8) == pytest.approx(100 + 8 * 10, rel=0.02)
+    assert lengths.demand(300, 8 * 999, sequences=8) == pytest.approx(100 + 8 * 100, rel=0.02)
 
 
 def test_a_change_of_traffic_is_noticed_after_some_thousand_requests() -> None:

@@ -65,12 +65,14 @@ class Engine:
             self.harvest.step(running, step_s, 0)
         await settle(10)
 
-    async def online(self, tokens: float) -> Callable[[], Coroutine[Any, Any, None]]:
+    async def online(
+        self, tokens: float, sequences: int = 1
+    ) -> Callable[[], Coroutine[Any, Any, None]]:
         """An online request; gives what ends it."""
         done = asyncio.Event()
 
         async def hold() -> None:
-            async with self.admission.admit(tokens):
+            async with self.admission.admit(tokens, sequences=sequences):
                 await done.wait()
 
         task = asyncio.create_task(hold())
@@ -264,6 +266,17 @@ def test_a_row_whose_place_an_online_request_took_comes_back_with_the_next_free_
         await finish()
         await engine.steps(1, 9, 0.02)
         assert sorted(engine.running) == names(9)
+
+    asyncio.run(scenario())
+
+
+def test_rows_make_way_for_each_sequence_of_an_online_request() -> None:
+    async def scenario() -> None:
+        engine = Engine(tokens=100_000, seqs=10)
+        await engine.rows(10)
+        engine.harvest.step(10, None, 10)
+        await engine.online(10, sequences=4)
+        assert sorted(engine.running) == names(6)
 
     asyncio.run(scenario())
 

@@ -87,6 +87,31 @@ def test_over_capacity_a_request_waits_and_then_gets_429_with_retry_after() -> N
     assert refused.json()["error"]["type"] == "rate_limit_error"
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "tokens", "sequences"),
+    [
+        (CHAT, HELLO | {"max_tokens": 10, "n": 4}, 40, 4),
+        ("/v1/completions", {"prompt": ["a", "b", "c"], "max_tokens": 10}, 30, 3),
+        ("/v1/completions", {"prompt": [[1], [2]], "max_tokens": 10, "n": 2}, 40, 4),
+    ],
+)
+def test_a_request_is_admitted_as_all_its_answers(
+    path: str, body: dict[str, Any], tokens: int, sequences: int
+) -> None:
+    app = online({"latency_s": 0.02})
+
+    async def scenario(client: httpx.AsyncClient) -> None:
+        asking = asyncio.create_task(client.post(path, json=body))
+        while not app.admission.running:
+            await asyncio.sleep(0)
+        assert app.admission.sequences == sequences
+        assert tokens < app.admission.used_tokens < tokens + 10
+        assert (await asking).status_code == 200
+        assert app.admission.sequences == 0
+
+    asked(app, scenario)
+
+
 def test_what_needs_no_kv_cache_does_not_wait() -> None:
     app = online({"latency_s": 0.5, "kv_cache_size_tokens": 10})
 
