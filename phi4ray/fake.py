@@ -43,9 +43,14 @@ class FakeReplica:
         self._used_tokens = self._running = self._served = 0
         self._failures: dict[str, int] = {}
         self._dead = False
+        self.on_begun: Callable[[str], None] | None = None
         self.on_finished: Callable[[str, int, int], None] | None = None
         self.on_step: Callable[[int, float | None, int], None] | None = None
-        self.app: Any = fake_app(self, config.model_name, chunk_s, self._finished)
+        self.app: Any = fake_app(self, config.model_name, chunk_s, self._begun, self._finished)
+
+    def _begun(self, engine_id: str) -> None:
+        if self.on_begun is not None:
+            self.on_begun(engine_id)
 
     def _finished(self, engine_id: str, usage: Json) -> None:
         if self.on_finished is not None:

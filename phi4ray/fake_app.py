@@ -19,12 +19,16 @@ COMPLETIONS: Endpoint = "/v1/completions"
 
 
 def fake_app(
-    replica: Replica, model: str, chunk_s: float, finished: Callable[[str, Json], None]
+    replica: Replica,
+    model: str,
+    chunk_s: float,
+    begun: Callable[[str], None],
+    finished: Callable[[str, Json], None],
 ) -> Starlette:
     """Chat and completions, streamed or not, models and health.
 
-    A stream sends its answer a character at a time, `chunk_s` apart. `finished` is told the
-    request's id, as vLLM words it, and its usage.
+    A stream sends its answer a character at a time, `chunk_s` apart. `begun` is told the
+    request's id, as vLLM words it, `finished` its usage as well.
     """
 
     async def answer(request: Request) -> Response:
@@ -35,14 +39,15 @@ def fake_app(
         except (ValueError, AssertionError):
             reply = refusal("invalid_json", "the body is not a JSON object")
             return JSONResponse(reply.body, reply.status)
+        prefix = "chatcmpl" if endpoint == CHAT else "cmpl"
+        engine_id = f"{prefix}-{request.headers.get('x-request-id', 'none')}"
+        begun(engine_id)
         try:
             reply = await replica.complete(endpoint, body)
         except EngineDeadError as error:
             reply = refusal("engine_dead", str(error), 500)
         if reply.status != 200:
             return JSONResponse(reply.body, reply.status)
-        prefix = "chatcmpl" if endpoint == CHAT else "cmpl"
-        engine_id = f"{prefix}-{request.headers.get('x-request-id', 'none')}"
         usage = reply.body["usage"]
         if not body.get("stream"):
             finished(engine_id, usage)

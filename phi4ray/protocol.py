@@ -98,6 +98,9 @@ class OnlineReplica(Replica, Protocol):
 
     app: Any
     """The ASGI application, once started."""
+    on_begun: Callable[[str], None] | None
+    """Told of each sequence that the engine is given, in the context of who asks: its id. Choices
+    of one prompt share an id."""
     on_finished: Callable[[str, int, int], None] | None
     """Told of each sequence that the engine finished: its id, prompt and completion tokens."""
     on_step: Callable[[int, float | None, int], None] | None

@@ -55,6 +55,8 @@ class VllmReplica:
         self.config = config
         self.app: Any = None
         """vLLM's ASGI application, once started."""
+        self.on_begun: Callable[[str], None] | None = None
+        """Told of each sequence that the engine is given."""
         self.on_finished: Callable[[str, int, int], None] | None = None
         """Told of each sequence that finished; not with `disable_log_stats`."""
         self.on_step: Callable[[int, float | None, int], None] | None = None
@@ -100,7 +102,7 @@ class VllmReplica:
         client: Any = engine.engine_core
         client.get_output_async = in_turns(client.get_output_async)
         states = engine.output_processor.request_states
-        client.add_request_async = going_on(states, client.add_request_async)
+        client.add_request_async = self._told(going_on(states, client.add_request_async))
         self.app, self._handlers = await openai_app(engine, args)
         self._http = httpx.AsyncClient(
             transport=httpx.ASGITransport(app=self.app, raise_app_exceptions=False),
@@ -110,6 +112,14 @@ class VllmReplica:
         await self._warm_up()
         self._guard.enter_context(rare_collections())
         enable_envs_cache()
+
+    def _told(self, add: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
+        async def added(request: Any) -> None:
+            if self.on_begun is not None:
+                self.on_begun(request.external_req_id)
+            await add(request)
+
+        return added
 
     async def _warm_up(self) -> None:
         """Have one request answered on each way: the first costs what the others never do again."""

@@ -37,7 +37,7 @@ class OnlineApp:
         """`clock` gives the Unix time in seconds by which files and batches expire."""
         kv = replica.kv()
         meter = Meter()
-        replica.on_finished = meter.finished
+        replica.on_begun, replica.on_finished = meter.begun, meter.finished
         self.admission = Admission(
             config.admission,
             capacity_tokens=kv.capacity_tokens,

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 LONGEST_LAG_S = 0.25
@@ -11,43 +12,81 @@ LONGEST_LAG_S = 0.25
 
 @dataclass(slots=True)
 class Usage:
-    """The tokens of one request, over all its prompts and choices."""
+    """The tokens of one request, over all its prompts and choices; each prompt counts once."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     counted: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when all sequences that were begun have ended."""
+    running: int = 0
+    """Sequences that the engine has."""
+    prompts: dict[str, bool] | None = field(default_factory=dict)
+    """By their ids in the engine: whether they are counted. None: nobody counts any more."""
+    request_id: str = ""
 
     async def settled(self) -> bool:
         """Wait for the engine's count of an answered request; False when it has none."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.counted.wait(), LONGEST_LAG_S)
+        if self.running:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.counted.wait(), LONGEST_LAG_S)
         return self.counted.is_set()
 
 
+_asking: ContextVar[Usage | None] = ContextVar("asking", default=None)
+
+
 class Meter:
-    """Brings the engine's statistics to the requests that they are of. For one event loop."""
+    """Brings the engine's statistics to the requests that they are of. For one event loop.
+
+    Whose a sequence is tells the context in which the engine is given it: vLLM makes its id in one
+    way for each path, and for `/v1/responses` not from ours. Beams of a search are not counted: at
+    each of its steps they are new sequences to the engine.
+    """
 
     def __init__(self) -> None:
         self._open: dict[str, Usage] = {}
 
     @contextlib.contextmanager
     def request(self, request_id: str) -> Iterator[Usage]:
-        """Count what the request with this `X-Request-Id` uses inside the block."""
-        usage = self._open[request_id] = Usage()
+        """Count what is asked of the engine inside the block, by this task and those it starts.
+
+        `request_id` is its `X-Request-Id`.
+        """
+        usage = Usage(request_id=request_id)
+        token = _asking.set(usage)
         try:
             yield usage
         finally:
-            if self._open.get(request_id) is usage:
-                del self._open[request_id]
+            _asking.reset(token)
+            prompts, usage.prompts = usage.prompts or {}, None
+            for engine_id in prompts:
+                if self._open.get(engine_id) is usage:
+                    del self._open[engine_id]
+
+    def begun(self, engine_id: str) -> None:
+        """Take note of one sequence that the engine is given; choices of a prompt share an id."""
+        usage = _asking.get()
+        if usage is None or usage.prompts is None or _is_beam(engine_id, usage.request_id):
+            return
+        self._open[engine_id] = usage
+        usage.prompts.setdefault(engine_id, False)
+        usage.running += 1
+        usage.counted.clear()
 
     def finished(self, engine_id: str, prompt_tokens: int, completion_tokens: int) -> None:
-        """Take note of one sequence that the engine finished.
-
-        vLLM calls a request `chatcmpl-ID`, and each prompt of a completion `cmpl-ID-0`, `-1`, …
-        """
-        request_id = engine_id.partition("-")[2]
-        usage = self._open.get(request_id) or self._open.get(request_id.rpartition("-")[0])
-        if usage is not None:
+        """Take note of one sequence that the engine finished."""
+        usage = self._open.get(engine_id)
+        if usage is None or usage.prompts is None:
+            return
+        if not usage.prompts[engine_id]:
+            usage.prompts[engine_id] = True
             usage.prompt_tokens += prompt_tokens
-            usage.completion_tokens += completion_tokens
+        usage.completion_tokens += completion_tokens
+        usage.running -= 1
+        if not usage.running:
             usage.counted.set()
+
+
+def _is_beam(engine_id: str, request_id: str) -> bool:
+    """By what vLLM puts behind a request's id, and not by what a client put into it."""
+    return "-beam-" in engine_id and "-beam-" in engine_id.rpartition(request_id or "-")[2]

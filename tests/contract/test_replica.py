@@ -12,18 +12,24 @@ from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import httpx
 import psutil
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from phi4ray import fork_server
 from phi4ray.batch.answers import within
 from phi4ray.batch.parts import error_of
 from phi4ray.config import Endpoint, EngineConfig
+from phi4ray.demand import sequences_of
 from phi4ray.engines import make_replica
 from phi4ray.errors import EngineDeadError, EngineStartError
 from phi4ray.orphans import MARK, kill_orphans
 from phi4ray.preemption import Preemptible
 from phi4ray.protocol import Answer, Json, OnlineReplica
+from phi4ray.serve.app import OnlineApp
+from phi4ray.serve.config import serve_config
+from phi4ray.serve.state import State
 from phi4ray.train.tiny import make_tiny_model
 from tests.processes import lives
 from tests.tiny_engines import tiny_engine
@@ -156,6 +162,46 @@ def test_what_a_real_engine_refuses_has_a_stable_code(
     answer = running.run(running.replica.complete(CHAT, {"model": running.model, **body}))
     assert answer.status == 400
     assert error_of(answer).code == code
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "sequences"),
+    [
+        (CHAT, {"messages": HI, "max_tokens": 5, "n": 3}, 3),
+        (COMPLETIONS, {"prompt": ["Once", "upon a time"], "max_tokens": 5, "n": 2}, 4),
+        (COMPLETIONS, {"prompt": [[5, 6, 7], [8, 9]], "max_tokens": 5}, 2),
+        ("/v1/chat/completions/batch", {"messages": [HI, HI], "max_tokens": 5}, 2),
+        ("/v1/responses", {"input": "hi", "max_output_tokens": 5}, 1),
+    ],
+)
+def test_a_requests_usage_is_metered_as_the_engine_tells_it(
+    running: Running, path: str, body: Json, sequences: int
+) -> None:
+    if running.kind == "fake":
+        pytest.skip("it has one answer to each request")
+    online = OnlineApp(running.replica, serve_config({"engine": {"kind": "fake", "model": "m"}}))
+    states: list[State] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await online(scope, receive, send)
+        finally:
+            states.append(State.of(scope))
+
+    async def answer() -> Json:
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://phi4") as client:
+            reply = await client.post(path, json={"model": running.model, **body}, timeout=60)
+            assert reply.status_code == 200, reply.text
+            found: Json = reply.json()
+            return found
+
+    usage = running.run(answer())["usage"]
+    (metered,) = [state.usage for state in states]
+    assert metered is not None
+    assert metered.prompt_tokens == usage.get("prompt_tokens", usage.get("input_tokens"))
+    assert metered.completion_tokens == usage.get("completion_tokens", usage.get("output_tokens"))
+    assert sequences_of(body) == sequences
 
 
 def test_many_requests_run_at_once(running: Running) -> None:
