@@ -8,6 +8,7 @@ answer would begin late behind whatever lies in it, and end last and alone.
 import asyncio
 import heapq
 import itertools
+import math
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 from typing import Protocol
@@ -81,7 +82,7 @@ class Pacer:
         tokens: float = OVERSUBSCRIBE_TOKENS,
         rows: float = OVERSUBSCRIBE_ROWS,
     ) -> None:
-        self.max_rows = max(1, int(kv.max_num_seqs * rows))
+        self.max_rows = math.ceil(kv.max_num_seqs * rows)
         self.max_tokens = max(1.0, kv.capacity_tokens * tokens)
         self.rows = 0
         self.tokens = 0.0

@@ -16,7 +16,7 @@ from tests.small_jobs import job
 from tests.waiting import settle
 
 ROOM = 2
-"""Rows that have room at once: twice the engine's one sequence."""
+"""Rows that have room at once: the engine's one sequence, and one in its queue."""
 
 
 class Held(FakeReplica):
