@@ -29,7 +29,9 @@ def pinned(target: str) -> dict[str, str]:
     return dict(re.findall(r"^([a-z0-9.-]+)==(\S+)$", text, re.MULTILINE))
 
 
-@pytest.mark.parametrize(("target", "extras"), [("gpu", ("gpu", "stream")), ("cpu", ("cpu",))])
+@pytest.mark.parametrize(
+    ("target", "extras"), [("gpu", ("gpu", "stream", "train")), ("cpu", ("cpu",))]
+)
 def test_the_image_has_all_that_the_package_requires(target: str, extras: tuple[str, ...]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     versions = pinned(target)
@@ -37,6 +39,8 @@ def test_the_image_has_all_that_the_package_requires(target: str, extras: tuple[
     for line in (*project["dependencies"], *optional):
         requirement = Requirement(line)
         assert requirement.specifier.contains(versions[requirement.name]), line
+    made = (ROOT / "docker" / f"requirements-{target}.txt").read_text()
+    assert tuple(re.findall(r"--extra (\S+)", made)) == extras
 
 
 @each_overlay
