@@ -1,6 +1,7 @@
 """Dry runs of the manifests: what they say is run as they say it, on pods of this machine."""
 
 import io
+import re
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -116,12 +117,12 @@ def test_the_application_of_a_rayservice_answers_a_chat(image: Path, tmp_path: P
                 answer = client.post("/v1/chat/completions", json=body)
                 assert answer.status_code == 200, answer.text
                 assert 1 <= answer.json()["usage"]["completion_tokens"] <= 8
-        # When the pod is to go, its preStop hook tells Ray, and waits for the replica.
+        # When the pod is to go, its preStop hook tells Ray, and waits for the replica and HAProxy.
         hook = container(spec["workerGroupSpecs"][0])["lifecycle"]["preStop"]["exec"]["command"]
         shell, flag, script = hook
         code, said = cluster.worker.run(shell, flag, script.partition("; while")[0])
         assert code == 0, said
-        code, said = cluster.worker.run(
-            shell, flag, "pgrep -f '^ray::(ServeReplica:[^:]+:replica|MapWorker)'"
-        )
-        assert code == 0, said
+        [waited_for] = re.findall(r"while pgrep -f ('[^']+')", script)
+        code, said = cluster.worker.run(shell, flag, f"pgrep -af {waited_for}")
+        assert "ServeReplica:phi4:replica" in said, said
+        assert "HAProxyManager" in said, said

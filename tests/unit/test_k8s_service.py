@@ -1,5 +1,6 @@
 """The service of the manifests: what it serves, how it drains, who reaches it."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -74,6 +75,21 @@ def test_a_pod_that_goes_drains_its_node_before_its_time_is_over(name: str) -> N
             assert (shell, flag) == ("bash", "-c")
             assert 0 < grace_s - deadline_s(group) <= 30
             assert subprocess.run(["bash", "-n", "-c", script]).returncode == 0
+
+
+@each_overlay
+def test_a_pod_stays_for_its_work_and_for_the_streams_that_pass_through_it(name: str) -> None:
+    for cluster in clusters(overlay(name)):
+        for group in cluster["workerGroupSpecs"]:
+            [pattern] = re.findall(r"while pgrep -f '([^']+)'", pre_stop(group)[2])
+            for process in (
+                "ServeReplica:phi4:replica",
+                "MapWorker(ShardWorker)",
+                "HAProxyManager",
+            ):
+                assert re.match(pattern, f"ray::{process}")
+            # It stays longer than the pod's grace, for those who ask it until then.
+            assert not re.match(pattern, "ray::ServeReplica:phi4:router")
 
 
 def pre_stop(group: Object) -> list[str]:
