@@ -22,6 +22,7 @@ from cluster.local import connected
 from cluster.metrics import JobMetrics
 from jobs.flags import (
     ENGINE_FLAGS,
+    INTERRUPTED,
     Flags,
     add_fields,
     add_gpu,
@@ -48,8 +49,6 @@ from phi4ray.storage import normal
 EXIT_CODES = """\
 exit codes: 0 all rows answered, 3 finished with error rows, 1 failed, 2 bad arguments,
 130 interrupted"""
-
-INTERRUPTED = 130
 
 JOB_FLAGS: Flags = {
     "limit": int,

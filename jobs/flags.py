@@ -1,6 +1,7 @@
 """Command-line flags that set fields of a configuration, for the jobs that have some."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,9 @@ from phi4ray.recipes import RECIPES, find_recipe
 
 # Flags that set one field of a configuration each: their names, types and defaults are there.
 Flags = Mapping[str, type]
+
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit code of what an interrupt ended before it was done."""
 
 ENGINE_FLAGS: Flags = {
     "model": str,

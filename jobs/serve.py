@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a
 from cluster.environment import SERVING, set_defaults
 from jobs.flags import (
     ENGINE_FLAGS,
+    INTERRUPTED,
     Flags,
     add_fields,
     add_gpu,
@@ -43,9 +44,6 @@ from phi4ray.storage import normal
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 SCALING_FLAGS: Flags = {"min_replicas": int, "max_replicas": int}
-
-INTERRUPTED = 128 + signal.SIGINT
-"""The exit code of what was ended before it was ready, or before its last answers were out."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ Batch pacing, online admission and per-key limits speak these tokens.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -131,3 +132,19 @@ def prompt_token_ids(body: Json) -> int:
     if isinstance(prompt[0], int):
         return len(prompt)
     return sum(len(part) for part in prompt if isinstance(part, list))
+
+
+class Size(NamedTuple):
+    """What a body says of its demand: the arguments of `Lengths.demand`."""
+
+    chars: int
+    limit: int | None
+    ids: int
+    sequences: int
+
+    @classmethod
+    def of(cls, body: Json) -> "Size":
+        """Read a body; prompts of ids have no text."""
+        ids = prompt_token_ids(body)
+        chars = 0 if ids else len(prompt_of(body))
+        return cls(chars, max_tokens_of(body), ids, sequences_of(body))

@@ -4,18 +4,10 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import AsyncIterator
-from typing import NamedTuple
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from phi4ray.demand import (
-    Lengths,
-    as_vllm_reads,
-    max_tokens_of,
-    prompt_of,
-    prompt_token_ids,
-    sequences_of,
-)
+from phi4ray.demand import Lengths, Size, as_vllm_reads
 from phi4ray.protocol import Json
 from phi4ray.serve import metrics
 from phi4ray.serve.admission import Admission, OverloadedError
@@ -23,21 +15,6 @@ from phi4ray.serve.meter import Meter, Usage
 from phi4ray.serve.paths import GENERATING
 from phi4ray.serve.responses import send_error
 from phi4ray.serve.state import State
-
-
-class _Size(NamedTuple):
-    """What a body says of its demand: the arguments of `Lengths.demand`."""
-
-    chars: int
-    limit: int | None
-    ids: int
-    sequences: int
-
-    @classmethod
-    def of(cls, body: Json) -> "_Size":
-        ids = prompt_token_ids(body)
-        chars = 0 if ids else len(prompt_of(body))
-        return cls(chars, max_tokens_of(body), ids, sequences_of(body))
 
 
 class Admit:
@@ -53,7 +30,7 @@ class Admit:
         """Tokens that a request is expected to hold; 0 for what needs no KV cache."""
         if path not in GENERATING or body is None:
             return 0
-        return self._lengths.demand(*_Size.of(body))
+        return self._lengths.demand(*Size.of(body))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection; see the ASGI specification."""
@@ -70,7 +47,7 @@ class Admit:
                 f"'priority' must not be below {least}",
             )  # fmt: skip
             return
-        size = _Size.of(state.body)
+        size = Size.of(state.body)
         tokens = self._lengths.demand(*size)
         waiting = _Waiting(receive)
         try:
@@ -99,7 +76,7 @@ class Admit:
                 headers={"retry-after": str(error.retry_after_s)},
             )
 
-    def _learn(self, size: _Size, usage: Usage) -> None:
+    def _learn(self, size: Size, usage: Usage) -> None:
         prompt_tokens = max(0, usage.prompt_tokens - size.ids)
         self._lengths.observe(size.chars, prompt_tokens, usage.completion_tokens, size.sequences)
 

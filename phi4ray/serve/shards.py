@@ -9,7 +9,6 @@ import asyncio
 import logging
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from functools import partial
 
 from phi4ray.batch.answers import within
 from phi4ray.batch.jobtable import Job, Orders, Report
@@ -17,7 +16,7 @@ from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import PLAN_NAME, Plan, read_plan
 from phi4ray.batch.worker import ShardWorker, WorkerStats, storage_retry
 from phi4ray.config import Endpoint, EngineConfig
-from phi4ray.demand import Lengths, max_tokens_of, prompt_of, prompt_token_ids, sequences_of
+from phi4ray.demand import Lengths, Size
 from phi4ray.errors import ClusterError, EngineDeadError, Phi4rayError, PlanMismatchError
 from phi4ray.preemption import Preemptible
 from phi4ray.protocol import Answer, Json, KVState, Replica
@@ -45,9 +44,7 @@ class HarvestedReplica:
 
     async def complete(self, endpoint: Endpoint, body: Json) -> Answer:
         """See `phi4ray.protocol.Replica.complete`. Waiting for slack is not under the timeout."""
-        ids, sequences = prompt_token_ids(body), sequences_of(body)
-        chars = 0 if ids else len(prompt_of(body))
-        demand = partial(self._lengths.demand, chars, prompt_tokens=ids, sequences=sequences)
+        size, demand = Size.of(body), self._lengths.demand
         body = {**body, "priority": BATCH_PRIORITY}
         row = Preemptible()
 
@@ -55,11 +52,15 @@ class HarvestedReplica:
             with row.asked():
                 return await within(self._timeout_s, self._replica.complete(endpoint, body))
 
-        answer = await self._harvest.run(self._job, demand(max_tokens_of(body)), demand(0), work)
+        answer = await self._harvest.run(
+            self._job, demand(*size), demand(*size._replace(limit=0)), work
+        )
         usage: Json = answer.body.get("usage") or {}
         if prompt_tokens := usage.get("prompt_tokens"):
             completion_tokens = usage.get("completion_tokens") or 0
-            self._lengths.observe(chars, prompt_tokens - ids, completion_tokens, sequences)
+            self._lengths.observe(
+                size.chars, prompt_tokens - size.ids, completion_tokens, size.sequences
+            )
         return answer
 
     def kv(self) -> KVState:
