@@ -6,6 +6,10 @@ the *thread* that started the child ends, so it does not fit either. A watcher d
 its own session that waits for the end of a pipe and then kills every process that carries the
 owner's mark in its environment. Children must be spawned to carry the mark, or forked by one that
 was, and must not write their title over it, as vLLM's do by setproctitle unless SPT_NOENV is set.
+
+The watcher itself is nobody's child: Ray kills the children of a worker that ends, and theirs are
+left (`RAY_kill_child_processes_on_worker_exit`), an engine forked by Python's fork server among
+them.
 """
 
 import contextlib
@@ -35,9 +39,10 @@ def kill_orphans() -> Iterator[None]:
     watcher = subprocess.Popen(
         [sys.executable, os.path.abspath(__file__), mark, str(os.getpid())],
         stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         start_new_session=True,
     )
+    watcher.wait()  # until it is no child any more
     marks = {MARK: mark, "SPT_NOENV": "1"}
     before = {name: os.environ.get(name) for name in marks}
     os.environ.update(marks)
@@ -50,8 +55,10 @@ def kill_orphans() -> Iterator[None]:
             else:
                 os.environ[name] = value
         assert watcher.stdin is not None
+        assert watcher.stdout is not None
         watcher.stdin.close()
-        watcher.wait()
+        watcher.stdout.read()  # until it ends
+        watcher.stdout.close()
 
 
 def _await_watchers_of_the_dead() -> None:
@@ -90,6 +97,8 @@ def _holds_memory(process: psutil.Process) -> bool:
 
 def main() -> None:
     """Wait until the owner closes our stdin, by intent or by dying; then kill what it left."""
+    if os.fork():
+        os._exit(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.stdin.buffer.read()

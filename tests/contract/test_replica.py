@@ -516,21 +516,25 @@ if __name__ == "__main__":
 """
 
 ORPHANS = """
-import os, subprocess, sys, time
+import subprocess, time
 from phi4ray.orphans import kill_orphans
 with kill_orphans():
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    print(child.pid, flush=True)
+    subprocess.Popen(["sh", "-c", "sleep 600 & echo $!; wait"])
     time.sleep(600)
 """
 
 
-def test_what_a_killed_process_started_dies_with_it() -> None:
+@pytest.mark.parametrize("children_first", [False, True], ids=["alone", "after its children"])
+def test_what_a_killed_process_started_dies_with_it(children_first: bool) -> None:
     owner = subprocess.Popen(
         [sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE, text=True, env={**os.environ}
     )
     assert owner.stdout is not None
-    child = psutil.Process(int(owner.stdout.readline()))
+    below = psutil.Process(int(owner.stdout.readline()))
+    if children_first:  # as Ray does where a worker ends: those of the children live on
+        for child in psutil.Process(owner.pid).children():
+            child.kill()
+        assert lives(below)
     owner.kill()
     owner.wait()
-    until(lambda: not lives(child), 30)
+    until(lambda: not lives(below), 30)
