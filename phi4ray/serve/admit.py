@@ -11,6 +11,7 @@ from phi4ray.demand import Lengths, Size, as_vllm_reads
 from phi4ray.protocol import Json
 from phi4ray.serve import metrics
 from phi4ray.serve.admission import Admission, OverloadedError
+from phi4ray.serve.headers import priorities_of
 from phi4ray.serve.meter import Meter, Usage
 from phi4ray.serve.paths import GENERATING
 from phi4ray.serve.responses import send_error
@@ -38,9 +39,9 @@ class Admit:
         if state is None or state.body is None or scope["path"] not in GENERATING:
             await self.app(scope, receive, send)
             return
-        wished = as_vllm_reads(state.body.get("priority"))
+        wished = [as_vllm_reads(state.body.get("priority")) or 0, *priorities_of(scope)]
         least = min(0, state.priority)
-        if wished is not None and wished < least:
+        if min(wished) < least:
             # The engine would put it before others that have the same right.
             await send_error(
                 send, 403, "priority_not_allowed",

@@ -1,5 +1,6 @@
 """What headers say of a request, and what ours say of limits. Pure."""
 
+import contextlib
 import math
 from collections.abc import Mapping
 
@@ -8,6 +9,8 @@ from starlette.types import Scope
 from phi4ray.serve.limits import Remaining
 
 FORM = b"application/x-www-form-urlencoded"
+PRIORITY = b"x-vllm-priority"
+"""For vLLM it is before the body's `priority`."""
 
 
 def key_of(headers: Mapping[bytes, bytes]) -> str | None:
@@ -38,6 +41,19 @@ def is_form(scope: Scope) -> bool:
         if name == b"content-type"
     )
     return any(kind.startswith(b"multipart/") or kind == FORM for kind in kinds)
+
+
+def priorities_of(scope: Scope) -> list[int]:
+    """What a request's headers say of its priority; vLLM passes over what is no integer.
+
+    Every header counts, as in `is_form`.
+    """
+    found = []
+    for name, value in scope["headers"]:
+        if name == PRIORITY:
+            with contextlib.suppress(ValueError):
+                found.append(int(value.decode("latin-1")))
+    return found
 
 
 def rate_limits(remaining: Remaining) -> dict[str, str]:

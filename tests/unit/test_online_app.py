@@ -176,6 +176,21 @@ def test_nobody_puts_a_request_before_those_of_others(priority: Any, status: int
         assert found.json()["error"]["code"] == "priority_not_allowed"
 
 
+@pytest.mark.parametrize(
+    ("stated", "status"),
+    [(["-1"], 403), ([" -1_0 "], 403), (["3", "-1"], 403), (["7"], 200), (["low"], 200)],
+)
+def test_nor_by_the_header_that_vllm_reads_first(stated: list[str], status: int) -> None:
+    async def scenario(client: httpx.AsyncClient) -> httpx.Response:
+        headers = [("X-Vllm-Priority", one) for one in stated]
+        return await client.post(CHAT, json=HELLO, headers=headers)
+
+    found = asked(online(), scenario)
+    assert found.status_code == status
+    if status == 403:
+        assert found.json()["error"]["code"] == "priority_not_allowed"
+
+
 def test_health_and_metrics_need_no_key(tmp_path: Path) -> None:
     async def scenario(client: httpx.AsyncClient) -> list[int]:
         return [(await client.get(path)).status_code for path in ("/health", "/ready")]
