@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from starlette._utils import get_route_path
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -32,7 +33,7 @@ def fake_app(
     """
 
     async def answer(request: Request) -> Response:
-        endpoint: Any = request.url.path
+        endpoint: Any = get_route_path(request.scope)
         try:
             body = json.loads(await request.body())
             assert isinstance(body, dict)

@@ -23,6 +23,7 @@ from phi4ray.batches.params import ApiError
 from phi4ray.errors import StorageError
 from phi4ray.serve.paths import BATCHES, FILES, of_batches
 from phi4ray.serve.responses import error_body, send_error
+from phi4ray.serve.state import State
 
 
 class BatchApi:
@@ -49,7 +50,7 @@ class BatchApi:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection; see the ASGI specification."""
-        if scope["type"] != "http" or not of_batches(scope["path"]):
+        if scope["type"] != "http" or not of_batches(State.of(scope).path):
             await self.app(scope, receive, send)
         elif self._door is not None:
             # Starlette writes into the scope; the layers outside are to see theirs.

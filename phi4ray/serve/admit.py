@@ -36,7 +36,7 @@ class Admit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection; see the ASGI specification."""
         state = State.of(scope) if scope["type"] == "http" else None
-        if state is None or state.body is None or scope["path"] not in GENERATING:
+        if state is None or state.body is None or state.path not in GENERATING:
             await self.app(scope, receive, send)
             return
         wished = [as_vllm_reads(state.body.get("priority")) or 0, *priorities_of(scope)]

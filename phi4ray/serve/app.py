@@ -23,6 +23,7 @@ from phi4ray.serve.meter import Meter
 from phi4ray.serve.observe import Observe
 from phi4ray.serve.responses import send_error
 from phi4ray.serve.sleep import Awake, AwakeReplica, Sleeper
+from phi4ray.serve.state import State
 
 
 class OnlineApp:
@@ -88,7 +89,7 @@ class Alive:
             await self.app(scope, receive, send)
         elif not self._replica.alive():
             await _dead(send)
-        elif scope["path"] == "/ready":
+        elif State.of(scope).path == "/ready":
             await send({"type": "http.response.start", "status": 200, "headers": []})
             await send({"type": "http.response.body", "body": b""})
         else:

@@ -36,7 +36,7 @@ class GateConfig(Config):
     max_header_bytes: int = Field(32 * 1024, ge=1, description="Names and values together")
     max_headers: int = Field(100, ge=1)
     open_paths: tuple[str, ...] = Field(
-        tuple(sorted(OPEN)), description="Paths that need no key, exactly as they are asked for"
+        tuple(sorted(OPEN)), description="Paths that need no key, exactly so after any route prefix"
     )
 
 
@@ -82,6 +82,7 @@ class Gate:
                 return
             await self.app(scope, receive, send)
             return
+        state = State.of(scope)
         refuse = partial(_refuse, send)
         headers = dict(scope["headers"])
         size = sum(len(name) + len(value) for name, value in scope["headers"])
@@ -90,7 +91,7 @@ class Gate:
             await refuse(431, "headers_too_large", "the request's headers are too large")
             return
         tenant: Tenant | None = None
-        needs_key = (scope["path"].rstrip("/") or "/") not in self._open
+        needs_key = (state.path.rstrip("/") or "/") not in self._open
         if self._keys is not None and needs_key and not is_preflight(scope, headers):
             now_s = time.monotonic()
             key = key_of(headers)
@@ -103,7 +104,7 @@ class Gate:
                     headers={"www-authenticate": "Bearer"},
                 )  # fmt: skip
                 return
-            State.of(scope).tenant = tenant.name
+            state.tenant = tenant.name
             if tenant.disabled:
                 await refuse(403, "tenant_disabled", "this API key's owner is disabled")
                 return
@@ -138,7 +139,7 @@ class Gate:
             if replay is None or not await _may(tenant, scope, send):
                 return
             now_s = time.monotonic()  # the body may have taken its time
-            over = limiter.charge(lease, self._demand(scope["path"], state.body), now_s)
+            over = limiter.charge(lease, self._demand(state.path, state.body), now_s)
             asked = over is None
             if over is None:
                 left = rate_limits(limiter.remaining(tenant, now_s))
@@ -181,8 +182,9 @@ class Gate:
         Raises:
             BodyError: no layer behind this one should see it.
         """
+        state = State.of(scope)
         limit = self._config.max_body_bytes
-        upload = scope["method"] == "POST" and scope["path"] == FILES and self._max_file_bytes
+        upload = scope["method"] == "POST" and state.path == FILES and self._max_file_bytes
         if upload:
             limit = self._max_file_bytes + FORM_BYTES
         too_large = BodyError(413, "body_too_large", f"a body may have {limit:,} bytes")
@@ -209,7 +211,7 @@ class Gate:
         most = self._config.max_body_values
         if has_more_values(body, most):
             raise BodyError(413, "body_too_complex", f"a body may have {most:,} values")
-        State.of(scope).body = json_object(body)
+        state.body = json_object(body)
         messages.reverse()
 
         async def replay() -> Message:
@@ -223,7 +225,7 @@ async def _may(tenant: Tenant, scope: Scope, send: Send) -> bool:
     state = State.of(scope)
     state.priority = tenant.priority
     state.models = may = tenant.models
-    if may is None or of_batches(scope["path"]):  # a batch names a file, no model
+    if may is None or of_batches(state.path):  # a batch names a file, no model
         return True
     message = ""
     # vLLM gives a request that names no model its first one, whichever that is.

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Awaitable
 
+from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phi4ray.serve import metrics
@@ -41,7 +42,7 @@ class Observe:
             await self.app(scope, receive, send)
             return
         began = time.perf_counter()
-        state = State(_request_id(scope))
+        state = State(_request_id(scope), get_route_path(scope))
         scope.setdefault("state", {})[KEY] = state
         first_byte_s = None
         streams = False
@@ -64,7 +65,7 @@ class Observe:
             self._tell(scope, state, first_byte_s, time.perf_counter() - began)
 
     def _tell(self, scope: Scope, state: State, first_byte_s: float | None, total_s: float) -> None:
-        path = scope["path"].rstrip("/") or "/"
+        path = state.path.rstrip("/") or "/"
         # A client that hung up before its answer began has no status: 499, as nginx says it.
         status = state.status or 499
         known = path if path in metrics.PATHS else "other"

@@ -15,6 +15,8 @@ class State:
     """One request, from the outermost layer inwards and back."""
 
     request_id: str
+    path: str
+    """As the application's routes have it, without the prefix under which Serve serves it."""
     body: Json | None = None
     """The decoded JSON object of a request that has one."""
     tenant: str | None = None

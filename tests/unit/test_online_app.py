@@ -34,15 +34,20 @@ def online(engine: dict[str, Any] | None = None, **settings: Any) -> OnlineApp:
 
 
 @asynccontextmanager
-async def client_of(app: OnlineApp) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(app=app, raise_app_exceptions=True)  # type: ignore[arg-type]
-    async with httpx.AsyncClient(transport=transport, base_url="http://phi4") as client:
+async def client_of(app: OnlineApp, prefix: str = "") -> AsyncIterator[httpx.AsyncClient]:
+    # As Serve and uvicorn do: the prefix is in `root_path` and in `path`.
+    transport = httpx.ASGITransport(app=app, root_path=prefix)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=transport, base_url=f"http://phi4{prefix}") as client:
         yield client
 
 
-def asked(app: OnlineApp, scenario: Callable[[httpx.AsyncClient], Coroutine[Any, Any, Any]]) -> Any:
+def asked(
+    app: OnlineApp,
+    scenario: Callable[[httpx.AsyncClient], Coroutine[Any, Any, Any]],
+    prefix: str = "",
+) -> Any:
     async def run() -> Any:
-        async with client_of(app) as client:
+        async with client_of(app, prefix) as client:
             return await scenario(client)
 
     return asyncio.run(run())
@@ -189,6 +194,37 @@ def test_nor_by_the_header_that_vllm_reads_first(stated: list[str], status: int)
     assert found.status_code == status
     if status == 403:
         assert found.json()["error"]["code"] == "priority_not_allowed"
+
+
+def test_under_serves_route_prefix_every_layer_does_its_work(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = with_keys(tmp_path, tokens_per_minute=10_000, models=["m"])
+    settings["gate"]["max_body_bytes"] = 1000
+    app = online({"latency_s": 0.02}, **settings, batches={"store": str(tmp_path / "store")})
+
+    async def scenario(client: httpx.AsyncClient) -> None:
+        for path in ("/health", "/ready"):
+            assert (await client.get(path)).status_code == 200  # without a key
+        client.headers.update(KEY)
+        asking = asyncio.create_task(client.post(CHAT, json=HELLO | {"max_tokens": 1000}))
+        while not asking.done() and not app.admission.running:
+            await asyncio.sleep(0)
+        assert app.admission.arrived_tokens_per_s > 0
+        answer = await asking
+        assert answer.status_code == 200
+        # Its most expected demand is taken while it runs.
+        assert int(answer.headers["x-ratelimit-remaining-tokens"]) < 9_900
+        first = await client.post(CHAT, json=HELLO | {"priority": -1})
+        assert (first.status_code, first.json()["error"]["code"]) == (403, "priority_not_allowed")
+        await client.post("/v1/files", data={"purpose": "batch"}, files={"file": b"{}" * 1000})
+        assert len((await client.get("/v1/files")).json()["data"]) == 1
+
+    with caplog.at_level(logging.INFO, "phi4ray.access"):
+        asked(app, scenario, "/phi4")
+    lines = [json.loads(record.getMessage()) for record in caplog.records]
+    assert [line["path"] for line in lines] == [CHAT, CHAT, "/v1/files", "/v1/files"]
+    assert lines[0]["completion_tokens"] == 4
 
 
 def test_health_and_metrics_need_no_key(tmp_path: Path) -> None:
