@@ -36,15 +36,11 @@ class LocalStorage:
     """
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """See `Storage.list`."""
+        """See `Storage.list`. Links to folders are followed, unless they lead back to one above."""
         root = path_of(prefix)
         with translated(root):
-            found = [
-                os.path.join(folder, name)
-                for folder, _, names in os.walk(root, onerror=_unless_missing)
-                for name in names
-            ]
-        for path in sorted(found):
+            found = sorted(_files_below(root))
+        for path in found:
             with contextlib.suppress(ObjectNotFoundError):  # removed meanwhile
                 yield self.head(path)
 
@@ -130,6 +126,17 @@ def _info(path: str, found: os.stat_result) -> ObjectInfo:
     if stat.S_ISDIR(found.st_mode):
         raise FileNotFoundError(errno.ENOENT, "is a folder", path)
     return ObjectInfo(path, found.st_size, f"{found.st_mtime_ns:x}-{found.st_size:x}")
+
+
+def _files_below(root: str) -> Iterator[str]:
+    around = {root: frozenset({os.path.realpath(root)})}
+    for folder, folders, names in os.walk(root, onerror=_unless_missing, followlinks=True):
+        yield from (os.path.join(folder, name) for name in names)
+        known = around.pop(folder)
+        inner = {name: os.path.realpath(os.path.join(folder, name)) for name in folders}
+        folders[:] = [name for name in folders if inner[name] not in known]
+        for name in folders:
+            around[os.path.join(folder, name)] = known | {inner[name]}
 
 
 class _Pieces:

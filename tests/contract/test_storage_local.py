@@ -19,6 +19,7 @@ from phi4ray.errors import (
     StorageError,
 )
 from phi4ray.storage import copy_tree, join, storage_for
+from phi4ray.storage.local import LocalStorage
 
 
 def put(prefix: str, *names: str) -> list[str]:
@@ -57,6 +58,21 @@ def test_a_file_is_no_folder_to_write_into(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match="file") as caught:
             getattr(storage_for(file), method)(f"{file}/data", b"")
         assert not isinstance(caught.value, PreconditionError | ObjectNotFoundError)
+
+
+def test_what_lies_behind_links_is_listed_and_links_in_a_circle_end(tmp_path: Path) -> None:
+    put(str(tmp_path / "in"), "a", "sub/b")
+    put(str(tmp_path / "far"), "c", "deep/d")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "far")
+    (tmp_path / "in" / "file").symlink_to(tmp_path / "far" / "c")
+    (tmp_path / "in" / "sub" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "far" / "deep" / "back").symlink_to(tmp_path / "in" / "sub")
+    (tmp_path / "in" / "gone").symlink_to(tmp_path / "nowhere")
+    found = [
+        item.uri.removeprefix(f"{tmp_path}/in/")
+        for item in LocalStorage().list(str(tmp_path / "in"))
+    ]
+    assert found == ["a", "file", "link/c", "link/deep/back/b", "link/deep/d", "sub/b"]
 
 
 def test_a_folder_is_not_written_over(tmp_path: Path) -> None:
