@@ -15,6 +15,9 @@ from phi4ray.errors import ConfigError
 Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
 OutputFormat = Literal["parquet", "openai-jsonl"]
 
+LIMITS = frozenset({"max_tokens", "max_completion_tokens"})
+"""Names of one limit, that of an answer. Of both vLLM takes `max_completion_tokens`."""
+
 
 class Config(BaseModel):
     """Base of every configuration: immutable; a misspelt key is an error, and so is infinity."""
@@ -147,6 +150,11 @@ class BatchConfig(Config):
         for reserved in ("stream", "model", "messages", "prompt", "input"):
             if reserved in self.sampling:
                 raise ValueError(f"sampling cannot set {reserved!r}: it belongs to the row")
+        if self.sampling.keys() >= LIMITS:
+            raise ValueError(
+                "sampling sets both max_tokens and max_completion_tokens, names of one limit: set "
+                "one of them; recipes set max_tokens"
+            )
         check_text(self)
         return self
 

@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 from pydantic_core import from_json, to_json
 
-from phi4ray.config import BatchConfig, Endpoint
+from phi4ray.config import LIMITS, BatchConfig, Endpoint
 from phi4ray.demand import max_tokens_of
 from phi4ray.protocol import Json, RowError, has_more_values
 
@@ -139,7 +139,10 @@ def to_request(record: Json, defaults: Defaults) -> Request | RowError:
         return bad.error
     if body.get("stream"):
         return RowError("unsupported_parameter", "'stream' has no meaning in a batch: remove it")
-    body = {**defaults.sampling, **body, "model": defaults.model}
+    sampling = defaults.sampling
+    if not LIMITS.isdisjoint(body):
+        sampling = {name: value for name, value in sampling.items() if name not in LIMITS}
+    body = {**sampling, **body, "model": defaults.model}
     body.pop("stream_options", None)
     try:
         json.dumps(body, allow_nan=False)

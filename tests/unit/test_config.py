@@ -33,6 +33,10 @@ BASE: dict[str, Any] = {"input": ["in/"], "output": "out/", "engine": {"model": 
         ({"sampling": {"model": "x"}}, "model"),
         ({"sampling": {"top_p": float("nan")}}, "sampling"),
         ({"sampling": {"x": {datetime.date(2026, 1, 2): 1}}}, "sampling"),
+        (
+            {"sampling": {"max_tokens": 512, "max_completion_tokens": 64}},
+            "max_tokens and max_completion_tokens",
+        ),
         ({"min_replicas": 4, "max_replicas": 2}, "max_replicas"),
     ],
 )

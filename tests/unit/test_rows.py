@@ -118,6 +118,16 @@ def test_a_rows_sampling_wins_over_the_jobs(sampling: Any) -> None:
     assert (body["temperature"], body["seed"], body["max_tokens"]) == (0, 7, 8)
 
 
+@pytest.mark.parametrize("own", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("jobs", ["max_tokens", "max_completion_tokens"])
+def test_a_rows_limit_wins_over_the_jobs_by_whichever_name(own: str, jobs: str) -> None:
+    defaults = Defaults("tiny", sampling={"seed": 1, jobs: 512})
+    line = {"url": CHAT, "body": {"messages": HELLO, own: 16}}
+    for record in (line, {"prompt": "hello", "sampling": {own: 16}}):
+        body = {"model": "tiny", "messages": HELLO, "seed": 1, own: 16}
+        assert body_of(record, defaults) == body
+
+
 def test_a_page_with_url_and_body_beside_its_prompt_is_no_batch_line() -> None:
     page = {"prompt": "hello", "url": "https://example.org", "method": "GET", "body": "<html>"}
     assert body_of(page)["messages"] == HELLO
