@@ -28,6 +28,9 @@ STEP_ROWS = 16
 STEP_BYTES = 16 << 20
 """A batch is given out early once it takes so much."""
 
+BUFFER_BYTES = 8 << 20
+"""Of each column so much is read at once, which may be a request to the store."""
+
 MAX_DICTIONARY_BYTES = 32 << 20
 """Of a column's values in one row group; writers stop at 1 MiB, and write the rest as they are."""
 
@@ -46,7 +49,9 @@ def open_parquet(item: Input) -> pq.ParquetFile:
         InputError: it is not Parquet, or claims what it cannot hold.
     """
     try:
-        file = pq.ParquetFile(storage_for(item.uri).open(item.uri, etag=item.etag))
+        stream = storage_for(item.uri).open(item.uri, etag=item.etag)
+        # Both, or the columns of a whole row group are read in one piece, and held while it lasts.
+        file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=BUFFER_BYTES)
         counts = [file.metadata.row_group(n).num_rows for n in range(file.metadata.num_row_groups)]
         names = file.schema_arrow.names
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -88,7 +93,10 @@ def read_batches(
         size = 0
         try:
             _check_chunks(item, file, names, group)
-            for step in file.iter_batches(STEP_ROWS, row_groups=[group], columns=names):
+            # For steps this small Arrow's threads cost more than they gain.
+            for step in file.iter_batches(
+                STEP_ROWS, row_groups=[group], columns=names, use_threads=False
+            ):
                 held.append(step)
                 size += unpacked_bytes(step)
                 if len(held) * STEP_ROWS >= BATCH_ROWS or size >= STEP_BYTES:

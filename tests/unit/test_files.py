@@ -9,9 +9,10 @@ from collections.abc import Callable
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -252,6 +253,41 @@ def test_columns_that_no_one_asked_for_are_not_read(tmp_path: Path) -> None:
 
 
 # Reading on
+
+
+class Reads(LocalStorage):
+    """Keeps the sizes of all reads."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def open(self, uri: str, *, etag: str | None = None) -> BinaryIO:
+        class Stream(io.FileIO):
+            def read(self, size: int | None = -1) -> Any:
+                data = super().read(size)
+                sizes.append(len(data or b""))
+                return data
+
+        sizes = self.sizes
+        return cast(BinaryIO, Stream(uri))
+
+
+def test_a_large_row_group_is_read_in_pieces_and_they_are_not_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns = {name: [os.urandom(250).hex() for _ in range(2000)] for name in ("prompt", "note")}
+    path = tmp_path / "in" / "a.parquet"
+    path.parent.mkdir()
+    small = {"data_page_size": 16 << 10, "write_batch_size": 16, "use_dictionary": False}
+    pq.write_table(pa.table(columns), path, **small)
+    _, reader, pieces = planned(tmp_path)
+    storage, most = Reads(), 128 << 10
+    monkeypatch.setattr(parquet, "BUFFER_BYTES", most)
+    monkeypatch.setattr(parquet, "storage_for", lambda uri: storage)
+    for piece in pieces:
+        reader.read(piece)
+    assert max(storage.sizes) <= most
+    assert len(storage.sizes) <= path.stat().st_size / most + 2 * len(columns) + 2
 
 
 class Counting(LocalStorage):
