@@ -149,6 +149,8 @@ class JobTable:
 
     def poll(self, name: str, seen: int, now_s: float) -> News | None:
         """What is new of a job of which `seen` receipts were received; None if it is not known."""
+        # Where no replica is left, none comes along that would have the others forgotten.
+        self._forget_silent_replicas(now_s)
         entry = self._jobs.get(name)
         if entry is None:
             return None
@@ -161,7 +163,7 @@ class JobTable:
             len(entry.leases),
             dict(entry.stats),
             entry.failure,
-            sum(now_s - at <= SILENT_S for at in self._replicas.values()),
+            len(self._replicas),
             self._batch_replicas,
         )
 
@@ -193,7 +195,8 @@ class JobTable:
         """Take a replica's report, and tell it what to do."""
         self.engine = report.engine
         self._replicas[report.replica] = now_s
-        self._forget_the_silent(now_s)
+        self._forget_silent_drivers(now_s)
+        self._forget_silent_replicas(now_s)
         for name, receipt in report.finished:
             if entry := self._jobs.get(name):
                 _finish(entry, receipt)
@@ -228,9 +231,11 @@ class JobTable:
             stop={name: e.stop for name, e in self._jobs.items() if e.stop is not None},
         )
 
-    def _forget_the_silent(self, now_s: float) -> None:
+    def _forget_silent_drivers(self, now_s: float) -> None:
         for name in [n for n, e in self._jobs.items() if now_s - e.heard_s > DRIVER_SILENT_S]:
             del self._jobs[name]
+
+    def _forget_silent_replicas(self, now_s: float) -> None:
         for replica in [r for r, at in self._replicas.items() if now_s - at > SILENT_S]:
             del self._replicas[replica]
             for entry in self._jobs.values():

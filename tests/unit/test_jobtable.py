@@ -277,6 +277,19 @@ def test_a_job_that_is_stopped_has_what_is_in_hand_ended_and_begins_nothing() ->
     assert (news.leased, len(news.receipts)) == (0, 1)
 
 
+def test_a_job_that_is_stopped_ends_though_the_replica_that_had_its_shards_is_gone() -> None:
+    """And no other one runs, whose report would have the table look for those that are silent."""
+    found = table(0, 1)
+    Replica(found, "a").exchange(100)
+    found.stop("job", RowError("batch_cancelled", "cancelled"))
+    news = found.poll("job", 0, 100 + SILENT_S)
+    assert news is not None
+    assert (news.leased, news.replicas) == (1, 1)
+    news = found.poll("job", 0, 101 + SILENT_S)
+    assert news is not None
+    assert (news.leased, news.replicas, news.stats) == (0, 0, {})
+
+
 def test_the_first_failure_of_a_replica_fails_the_job_and_stops_it() -> None:
     found = table(0, 1, 2)
     a = Replica(found, "a")
