@@ -2,11 +2,12 @@
 
 Start-time fair queueing (Goyal, Vin, Cheng: "Start-time Fair Queueing", SIGCOMM 1996): each job
 has a virtual time that advances by what it was given divided by its weight, and the least advanced
-one goes next. A job that comes, or comes back, starts at the present: it gets its share from now
-on, however much the others had before.
+one goes next. A job that comes, or comes back, starts at the present of its priority: it gets its
+share from now on, however much the others had before, and another priority meanwhile.
 """
 
 import heapq
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -26,11 +27,13 @@ class FairQueue(Generic[T]):
 
     def __init__(self) -> None:
         self._lanes: dict[str, _Lane[T]] = {}
-        self._virtual = 0.0
+        self._present: defaultdict[int, float] = defaultdict(float)  # by priority
 
     def join(self, job: str, weight: float = 1.0, priority: int = 0) -> None:
         """Add a job, or change its weight. Lower `priority` goes first, as in vLLM."""
         lane = self._lanes.setdefault(job, _Lane(weight, priority))
+        if lane.priority != priority:
+            lane.virtual = self._present[priority]
         lane.weight, lane.priority = weight, priority
 
     def leave(self, job: str) -> None:
@@ -41,7 +44,7 @@ class FairQueue(Generic[T]):
         """Have an item wait; numbers are unique in a job, and a lower one goes first."""
         lane = self._lanes[job]
         if not lane.waiting:
-            lane.virtual = max(lane.virtual, self._virtual)
+            lane.virtual = max(lane.virtual, self._present[lane.priority])
         heapq.heappush(lane.waiting, (number, item))
 
     def head(self) -> T | None:
@@ -54,7 +57,7 @@ class FairQueue(Generic[T]):
         lane = self._next()
         assert lane is not None, "nothing waits"
         if cost:
-            self._virtual = lane.virtual
+            self._present[lane.priority] = lane.virtual
             lane.virtual += cost / lane.weight
         return heapq.heappop(lane.waiting)[1]
 

@@ -428,6 +428,27 @@ def test_a_job_that_comes_late_does_not_take_what_it_did_not_use() -> None:
     assert sorted([queue.pop(cost=1) for _ in range(20)]) == ["new"] * 10 + ["old"] * 10
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_a_job_of_another_priority_takes_nothing_from_one_that_comes_meanwhile(
+    before: bool,
+) -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.join("old")
+    queue.join("urgent", priority=-1)
+    if before:  # "new" is of the same priority from the start, or becomes it
+        queue.join("new", priority=-1)
+    for number in range(100):
+        queue.push("old", number, "old")
+        queue.push("urgent", number, "urgent")
+    for _ in range(90):
+        assert queue.pop(cost=1) == "urgent"
+    queue.join("new")
+    for number in range(100):
+        queue.push("new", number, "new")
+    assert [queue.pop(cost=1) for _ in range(10)] == ["urgent"] * 10
+    assert sorted([queue.pop(cost=1) for _ in range(20)]) == ["new"] * 10 + ["old"] * 10
+
+
 # A random life of a replica: rows and requests come and go, and the rules hold at every moment.
 events = st.lists(
     st.tuples(st.sampled_from(["row", "online", "end", "leave", "step"]), st.integers(1, 400)),
