@@ -59,7 +59,7 @@ def _from_store(config: EngineConfig) -> EngineConfig:
             os.environ.setdefault("RUNAI_STREAMER_S3_ENDPOINT", endpoint)
             # Buckets of other servers than AWS's seldom have host names of their own.
             os.environ.setdefault("RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING", "0")
-        folder = download(uri, wanted=lambda name: not name.endswith(WEIGHTS))
+        folder = download(uri, wanted=_is_no_weights)
         changes["engine_args"] = {"model_weights": uri, **config.engine_args}
     else:
         folder = download(uri)
@@ -73,6 +73,15 @@ def on_this_machine(model: str) -> str:
         StorageError: the model's objects cannot be read.
     """
     return str(download(model)) if model.startswith("s3://") else model
+
+
+def described_on_this_machine(model: str) -> str:
+    """As `on_this_machine`, without weights: what its tokenizer and its configuration take."""
+    return str(download(model, wanted=_is_no_weights)) if model.startswith("s3://") else model
+
+
+def _is_no_weights(name: str) -> bool:
+    return not name.endswith(WEIGHTS)
 
 
 def download(uri: str, wanted: Callable[[str], bool] = lambda name: True) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from phi4ray.config import EngineConfig
-from phi4ray.engines import MODEL_CACHE, WEIGHTS, download, make_replica
+from phi4ray.engines import MODEL_CACHE, described_on_this_machine, download, make_replica
 from phi4ray.storage import copy_tree, join, s3, storage_for, upload_tree
 from phi4ray.storage.copy import PIECE_BYTES
 from phi4ray.train.tiny import make_tiny_model
@@ -145,17 +145,10 @@ def first_tokens(config: EngineConfig) -> list[int]:
     return asyncio.run(ask())
 
 
-def test_weights_that_are_streamed_are_not_downloaded(proxy: FaultProxy, s3_prefix: str) -> None:
-    folder = download(s3_prefix, wanted=lambda name: not name.endswith(WEIGHTS))
+def test_a_tokenizer_and_a_configuration_come_without_weights_which_may_follow(
+    proxy: FaultProxy, s3_prefix: str
+) -> None:
+    folder = Path(described_on_this_machine(s3_prefix))
     assert contents(folder) == {"config.json": b"{}", "empty": b""}
-    assert ranges(proxy) == ["bytes=0-1"]
-
-
-def test_the_copy_of_what_is_gone_from_the_store_goes(proxy: FaultProxy, s3_prefix: str) -> None:
-    """An index that stayed would have vLLM load the shards of the model that was replaced."""
-    folder = Path(download(s3_prefix))
-    (folder / "compiled").write_bytes(b"not of the store")
-    storage_for(s3_prefix).delete(join(s3_prefix, "config.json"))
-    storage_for(s3_prefix).write(join(s3_prefix, "new.json"), b"{}")
-    assert Path(download(s3_prefix)) == folder
-    assert set(contents(folder)) == {"empty", "model.safetensors", "new.json", "compiled"}
+    assert download(s3_prefix) == folder
+    assert contents(folder) == FILES

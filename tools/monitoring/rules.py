@@ -184,7 +184,9 @@ BATCH = (
 REPLICAS = (
     alert(
         "Phi4rayReplicaRestarts",
-        'changes(process_start_time_seconds{job="phi4ray-replica"}[1h]) >= 3',
+        # Each batch job has processes of its own, on the same pods' ports: only those that serve.
+        'changes(process_start_time_seconds{job="phi4ray-replica"}[1h]) >= 3 '
+        "and on (namespace, instance) phi4ray:kv_capacity_tokens",
         "0m",
         "critical",
         "{{ $labels.instance }}: its engine starts again and again",
