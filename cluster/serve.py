@@ -34,7 +34,7 @@ from phi4ray.config import EngineConfig
 from phi4ray.engines import make_replica
 from phi4ray.errors import EngineDeadError
 from phi4ray.exporter import export_metrics
-from phi4ray.fit import refuse_misfit
+from phi4ray.fit import cards, refuse_misfit
 from phi4ray.serve.app import OnlineApp
 from phi4ray.serve.autoscaling import ReplicaLoad
 from phi4ray.serve.config import ServeConfig, serve_config
@@ -193,5 +193,5 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     """
     config = serve_config(args)
     if ray.is_initialized():  # Serve builds it on the cluster
-        refuse_misfit(config.engine, cluster_gpus())
+        refuse_misfit(config.engine, cards(None, cluster_gpus(), None))
     return application(config)

@@ -4,12 +4,16 @@ from collections.abc import Sequence
 
 from phi4ray.config import EngineConfig
 from phi4ray.errors import ConfigError
-from phi4ray.gpus import find_gpu
+from phi4ray.gpus import find_gpu, gpus_labelled
 from phi4ray.memory import cannot_fit, place_engine, why_not
 
 
 def cards(said: str | None, cluster: Sequence[str], recipe: str | None) -> tuple[str, ...]:
     """The cards to plan for: what was said, else what the cluster has, else the recipe's.
+
+    Of several that a label of the cluster stands for, the recipe's if it is one of them, else all.
+    Where the catalogue lacks all labels, the recipe's card comes beside them: it can be planned,
+    and they keep an engine from being refused for a card that may not be there.
 
     Raises:
         ConfigError: what was said is not in the catalogue.
@@ -17,7 +21,17 @@ def cards(said: str | None, cluster: Sequence[str], recipe: str | None) -> tuple
     if said is not None:
         find_gpu(said)
         return (said,)
-    return tuple(cluster) or ((recipe,) if recipe else ())
+    planned = [card for label in cluster for card in _meant(label, recipe)]
+    if recipe is not None and not any(gpus_labelled(label) for label in cluster):
+        planned.append(recipe)
+    return tuple(planned)
+
+
+def _meant(label: str, recipe: str | None) -> tuple[str, ...]:
+    several = gpus_labelled(label)
+    if len(several) < 2:
+        return (label,)
+    return (recipe,) if recipe in several else several
 
 
 def needs_no_plan(engine: EngineConfig) -> str | None:

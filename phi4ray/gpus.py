@@ -31,9 +31,10 @@ class Gpu:
 
 # total_gib: as PyTorch's out-of-memory messages give it; the lowest of what is commonly seen, for
 # it differs by up to 0.3 GiB with driver and ECC (H200: 139.72 to 139.81, most often 139.80).
-# Bandwidth and dense rates: NVIDIA's datasheets of H200, H100 (SXM, PCIe), A100 (SXM), A10, L4 and
-# L40S, halved where they state sparse ones; the Ada architecture whitepaper for GeForce (fp32
-# accumulate). "rtx-N" stands for the GeForce of Ada with that memory.
+# Bandwidth and dense rates: NVIDIA's datasheets of H200, H100 (SXM, PCIe), A100 (SXM), A10, A10G
+# (AWS's, with slower tensor cores), L4 and L40S, halved where they state sparse ones; the Ada
+# architecture whitepaper for GeForce (fp32 accumulate). "rtx-N" stands for the GeForce of Ada with
+# that memory.
 GPUS: Mapping[str, Gpu] = {
     "h200": Gpu(
         title="H200 SXM 141 GB", total_gib=139.80, memory_bandwidth_tbps=4.8,
@@ -63,6 +64,10 @@ GPUS: Mapping[str, Gpu] = {
         title="A10 24 GB", total_gib=22.07, memory_bandwidth_tbps=0.6,
         bf16_tflops=125, fp8_tflops=None, int8_tops=250,
     ),
+    "a10g-24": Gpu(
+        title="A10G 24 GB", total_gib=22.07, memory_bandwidth_tbps=0.6,
+        bf16_tflops=70, fp8_tflops=None, int8_tops=140,
+    ),
     "l4-24": Gpu(
         title="L4 24 GB", total_gib=22.03, memory_bandwidth_tbps=0.3,
         bf16_tflops=121, fp8_tflops=242, int8_tops=242,
@@ -90,6 +95,7 @@ _ALIASES: Mapping[str, str] = {
     "a100-80g": "a100-80",
     "l40s": "l40s-48",
     "a10": "a10-24",
+    "a10g": "a10g-24",
     "l4": "l4-24",
     "rtx-4090": "rtx-24",
     "rtx-4080": "rtx-16",
@@ -103,8 +109,24 @@ def find_gpu(name: str) -> Gpu:
     Raises:
         ConfigError: it is not in the catalogue.
     """
-    key = "-".join(name.casefold().replace("_", "-").split())
+    key = _key(name)
     found = GPUS.get(_ALIASES.get(key, key))
     if found is None:
         raise ConfigError(f"GPU {name!r} is not known: use one of {', '.join((*GPUS, *_ALIASES))}")
     return found
+
+
+def gpus_labelled(label: str) -> tuple[str, ...]:
+    """Keys of the cards that Ray may mean by the label of a node; none that it does not know.
+
+    Ray leaves the memory and the form out of the name: `A100` are those of 40 and of 80 GB.
+    """
+    key = _key(label)
+    if several := tuple(name for name in GPUS if name.startswith(f"{key}-")):
+        return several
+    known = _ALIASES.get(key, key)
+    return (known,) if known in GPUS else ()
+
+
+def _key(name: str) -> str:
+    return "-".join(name.casefold().replace("_", "-").split()).removeprefix("geforce-")

@@ -7,6 +7,7 @@ import pytest
 from phi4ray.config import EngineConfig
 from phi4ray.errors import ConfigError
 from phi4ray.fit import cards, misfit, refuse_misfit
+from phi4ray.gpus import find_gpu
 
 
 def engine(**settings: Any) -> EngineConfig:
@@ -68,3 +69,38 @@ def test_what_is_said_wins_over_the_cluster_and_that_over_the_recipe() -> None:
     assert cards(None, [], None) == ()
     with pytest.raises(ConfigError, match="GPU 'b9000' is not known"):
         cards("b9000", [], None)
+
+
+@pytest.mark.parametrize(
+    ("label", "recipe", "planned"),
+    [
+        ("GeForce-RTX-4090", "l4-24", ["RTX 4090 24 GB"]),
+        ("A10G", "l4-24", ["A10G 24 GB"]),
+        ("A100", "a100-40", ["A100 SXM 40 GB"]),
+        ("A100", "a100-80", ["A100 SXM 80 GB"]),
+        ("A100", "h200", ["A100 SXM 80 GB", "A100 SXM 40 GB"]),
+        ("A100", None, ["A100 SXM 80 GB", "A100 SXM 40 GB"]),
+        ("A100-40G", None, ["A100 SXM 40 GB"]),
+        ("H100", "h100-80", ["H100 SXM 80 GB"]),
+        ("H200", "l4-24", ["H200 SXM 141 GB"]),
+    ],
+)
+def test_rays_label_of_a_card_is_the_recipes_where_it_stands_for_several(
+    label: str, recipe: str | None, planned: list[str]
+) -> None:
+    assert [find_gpu(card).title for card in cards(None, [label], recipe)] == planned
+
+
+@pytest.mark.parametrize("label", ["L40", "RTX-6000", "GeForce-RTX-4070-Ti-SUPER", "B200"])
+def test_a_card_that_is_not_in_the_catalogue_is_planned_as_the_recipes_and_refuses_nothing(
+    label: str,
+) -> None:
+    assert cards(None, [label], "l4-24") == (label, "l4-24")
+    assert cards(None, [label, "L4"], "h200") == (label, "L4")
+    refuse_misfit(engine(), cards(None, [label], "l4-24"))
+
+
+def test_an_engine_that_fits_on_one_card_of_a_label_is_not_refused() -> None:
+    refuse_misfit(engine(gpu_memory_utilization=0.7), cards(None, ["A100"], "h200"))
+    with pytest.raises(ConfigError, match=r"on A100 SXM 40 GB: "):
+        refuse_misfit(engine(gpu_memory_utilization=0.7), cards(None, ["A100"], "a100-40"))
