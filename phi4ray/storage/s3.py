@@ -412,7 +412,8 @@ def _client(process: int) -> "S3Client":
         s3={"addressing_style": "path"} if custom else {},
     )
     try:
-        session = boto3.Session()
+        # boto3 alone of AWS's libraries does not know AWS_REGION, which EKS sets.
+        session = boto3.Session(region_name=os.environ.get("AWS_REGION") or None)
         region = session.region_name or ("us-east-1" if custom else None)
         return session.client("s3", config=config, region_name=region)
     except (BotoCoreError, ValueError) as error:

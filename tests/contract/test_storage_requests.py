@@ -215,6 +215,32 @@ def test_a_wrong_variable_is_told_as_a_wrong_configuration(
 
 
 @pytest.mark.parametrize(
+    ("variables", "region"),
+    [
+        ({}, "us-east-1"),
+        ({"AWS_DEFAULT_REGION": "fr-par"}, "fr-par"),
+        ({"AWS_REGION": "fr-par"}, "fr-par"),
+        ({"AWS_REGION": "fr-par", "AWS_DEFAULT_REGION": "nl-ams"}, "fr-par"),
+        ({"AWS_REGION": "", "AWS_DEFAULT_REGION": "nl-ams"}, "nl-ams"),
+    ],
+)
+def test_requests_are_signed_for_the_region_that_the_environment_names(
+    proxy: FaultProxy,
+    uri: str,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    region: str,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    s3._client.cache_clear()
+    proxy.requests.clear()
+    storage_for(uri).read(uri)
+    [request] = proxy.sent("GET")
+    assert f"/{region}/s3/aws4_request" in request.headers["authorization"]
+
+
+@pytest.mark.parametrize(
     ("status", "code", "message"),
     [
         (400, "XAmzContentSHA256Mismatch", "The provided value does not match."),
