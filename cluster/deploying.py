@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.exceptions import RayError
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.exceptions import RayServeException
@@ -60,6 +61,13 @@ def deployed(config: ServeConfig, host: str, port: int) -> Iterator[None]:
         with contextlib.suppress(RayError, RayServeException):  # without Serve all is gone
             _abandon(config.name, began)
         raise
+
+
+def node_addresses() -> tuple[str, ...]:
+    """Addresses of the cluster's nodes that are up, the head's first: a proxy is on it always."""
+    up = [node for node in ray.nodes() if node["Alive"]]
+    up.sort(key=lambda node: HEAD_NODE_RESOURCE_NAME not in node["Resources"])
+    return tuple(node["NodeManagerAddress"] for node in up)
 
 
 def _drain(config: ServeConfig) -> None:
