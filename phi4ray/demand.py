@@ -4,7 +4,7 @@ Batch pacing, online admission and per-key limits speak these tokens.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -21,6 +21,20 @@ One client's requests are not to change what is expected of all others' beyond t
 
 MOST_CHOICES = 16_384
 """vLLM refuses more."""
+
+ANSWERED: Final = ("messages", "prompt", "input", "token_ids")
+SCORED: Final = ("documents", "items", "text_2", "data_2", "texts", "inputs")
+"""Fields with the prompts of a body, in vLLM's words: what is answered, and what is only embedded
+or scored. The first one that a body has tells how many there are."""
+
+BESIDE: Final = (
+    *("system", "instructions", "tools"),
+    *("query", "queries", "text_1", "data_1", "instruction"),
+)
+"""Fields of a body that the engine reads as well."""
+
+MESSAGE: Final = ("content", "tool_calls", "reasoning")
+"""Fields of a message that it reads."""
 
 _INTEGER = TypeAdapter(int)
 
@@ -74,8 +88,13 @@ class Lengths:
 
 def max_tokens_of(body: Json) -> int | None:
     """The limit that a request sets to its answers, over all its sequences; None for a bad one."""
+    if _is_scored(body):
+        return 0
+    stated = _sampling(body)
     limit = (
-        body.get("max_completion_tokens") or body.get("max_tokens") or body.get("max_output_tokens")
+        stated.get("max_completion_tokens")
+        or stated.get("max_tokens")
+        or stated.get("max_output_tokens")
     )
     choices = _choices(body)
     if isinstance(limit, int) and limit > 0 and choices is not None:
@@ -98,40 +117,37 @@ def as_vllm_reads(number: object) -> int | None:
 
 def _choices(body: Json) -> int | None:
     """Answers to each prompt; None for a bad number of them."""
-    stated = body.get("n")
+    stated = _sampling(body).get("n")
     choices = 1 if stated is None else as_vllm_reads(stated)
     return choices if choices is not None and 0 < choices <= MOST_CHOICES else None
 
 
+def _is_scored(body: Json) -> bool:
+    return not body.keys().isdisjoint(SCORED) and body.keys().isdisjoint(ANSWERED)
+
+
+def _sampling(body: Json) -> Json:
+    """Where a body states its limits: one of token ids, of `/inference/v1/generate`, further in."""
+    inner = body.get("sampling_params")
+    return inner if isinstance(inner, dict) and body.keys().isdisjoint(ANSWERED[:-1]) else body
+
+
 def _prompts(body: Json) -> int:
     """Prompts and, where the messages are of several, conversations."""
-    many = body.get("messages") or body.get("prompt") or body.get("input")
-    if isinstance(many, list) and many and isinstance(many[0], str | list):
+    many = next(filter(None, map(body.get, (*ANSWERED, *SCORED))), None)
+    # A list of messages or of ids is one prompt; documents may be objects.
+    if isinstance(many, list) and (isinstance(many[0], str | list) or _is_scored(body)):
         return len(many)
     return 1
 
 
 def prompt_of(body: Json) -> str:
     """What the engine sees of a request, as one text: for lengths and for shared prefixes."""
-    messages = body.get("messages")
-    if isinstance(messages, list):
-        if messages and isinstance(messages[0], list):  # of several conversations
-            messages = [message for one in messages if isinstance(one, list) for message in one]
-        return "\n".join(str(m.get("content")) if isinstance(m, dict) else "" for m in messages)
+    if isinstance(body.get("messages"), list):
+        return "\n".join(
+            str(m.get("content")) if isinstance(m, dict) else "" for m in _messages(body)
+        )
     return str(body.get("prompt") or body.get("input") or "")
-
-
-def prompt_token_ids(body: Json) -> int:
-    """How many token ids a request has for a prompt; 0 where it has text.
-
-    Prompts are text, lists of texts, lists of ids or lists of lists of ids.
-    """
-    prompt = body.get("prompt") or body.get("input")
-    if not isinstance(prompt, list) or not prompt:
-        return 0
-    if isinstance(prompt[0], int):
-        return len(prompt)
-    return sum(len(part) for part in prompt if isinstance(part, list))
 
 
 class Size(NamedTuple):
@@ -144,7 +160,42 @@ class Size(NamedTuple):
 
     @classmethod
     def of(cls, body: Json) -> "Size":
-        """Read a body; prompts of ids have no text."""
-        ids = prompt_token_ids(body)
-        chars = 0 if ids else len(prompt_of(body))
+        """Read a body; prompts of ids have no text.
+
+        Fields of all endpoints count: which one it is for is not known here.
+        """
+        found = [_size(body.get(name)) for name in (*ANSWERED[1:], *SCORED, *BESIDE)]
+        found += [
+            _size(message.get(name))
+            for message in _messages(body)
+            if isinstance(message, dict)
+            for name in MESSAGE
+        ]
+        chars, ids = (sum(counts) for counts in zip(*found, strict=True))
         return cls(chars, max_tokens_of(body), ids, sequences_of(body))
+
+
+def _messages(body: Json) -> list[Any]:
+    """The messages of all conversations."""
+    messages = body.get("messages")
+    if not isinstance(messages, list):
+        return []
+    if messages and isinstance(messages[0], list):
+        return [message for one in messages if isinstance(one, list) for message in one]
+    return messages
+
+
+def _size(value: Any) -> tuple[int, int]:
+    """Characters and token ids of a field: text, ids, a list of either, or JSON."""
+    chars = ids = 0
+    parts: list[Any] = value if isinstance(value, list) and not _is_ids(value) else [value]
+    for part in parts:
+        if _is_ids(part):
+            ids += len(part)
+        elif part is not None:
+            chars += len(part if isinstance(part, str) else str(part))
+    return chars, ids
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], int)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi4ray.demand import Lengths, max_tokens_of, prompt_of, prompt_token_ids, sequences_of
+from phi4ray.demand import Lengths, Size, max_tokens_of, prompt_of, sequences_of
 
 
 def test_demand_is_the_prompt_and_the_most_it_may_produce() -> None:
@@ -46,6 +46,10 @@ def test_a_limit_that_answers_never_reach_does_not_empty_the_engine() -> None:
         ({"max_tokens": "5"}, None),
         ({"max_tokens": 5.5}, None),
         ({"max_tokens": [5], "n": {}}, None),
+        ({"token_ids": [1], "sampling_params": {"max_tokens": 5, "n": 2}}, 10),
+        ({"prompt": "a", "sampling_params": {"max_tokens": 5}}, None),
+        ({"query": "a", "documents": ["b", "c"]}, 0),
+        ({"prompt": "", "documents": ["b"], "max_tokens": 5}, 5),
     ],
 )
 def test_a_requests_limit_counts_all_its_choices_and_bad_ones_count_nothing(
@@ -83,12 +87,41 @@ def test_a_requests_prompt_is_one_text(body: dict[str, Any], prompt: str) -> Non
         ({"prompt": [[1, 2], [3]]}, 3),
         ({"prompt": ["a", "b"]}, 0),
         ({"input": [7, 8]}, 2),
+        ({"token_ids": [7, 8]}, 2),
+        ({"query": [7, 8], "items": [[1], [2, 3]]}, 5),
         ({"prompt": []}, 0),
         ({}, 0),
     ],
 )
 def test_token_ids_are_counted_and_not_guessed(body: dict[str, Any], tokens: int) -> None:
-    assert prompt_token_ids(body) == tokens
+    assert Size.of(body).ids == tokens
+
+
+TEXT, CHAT = "x" * 1000, {"messages": [{"role": "user", "content": "x" * 1000}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "chars"),
+    [
+        (CHAT, 1000),
+        (CHAT | {"tools": [{"type": "function", "function": {"description": TEXT}}]}, 2000),
+        (CHAT | {"system": TEXT}, 2000),
+        (CHAT | {"system": [{"type": "text", "text": TEXT}]}, 2000),
+        ({"messages": [{"content": None, "tool_calls": [{"function": {"name": TEXT}}]}]}, 1000),
+        ({"messages": [[{"content": TEXT}], [{"content": TEXT, "reasoning": TEXT}]]}, 3000),
+        ({"input": TEXT, "instructions": TEXT}, 2000),
+        ({"input": [{"type": "function_call_output", "output": TEXT}]}, 1000),
+        ({"query": TEXT, "documents": [TEXT, {"text": TEXT}]}, 3000),
+        ({"queries": TEXT, "items": [TEXT]}, 2000),
+        ({"text_1": TEXT, "text_2": [TEXT, TEXT]}, 3000),
+        ({"data_1": [TEXT], "data_2": [TEXT]}, 2000),
+        ({"texts": [TEXT, TEXT]}, 2000),
+        ({"inputs": [{"content": [{"type": "text", "text": TEXT}]}]}, 1000),
+        ({"prompt": [[1, 2], TEXT]}, 1000),
+    ],
+)
+def test_all_that_the_engine_reads_counts(body: dict[str, Any], chars: int) -> None:
+    assert chars <= Size.of(body).chars < chars + 100  # and the words of its JSON
 
 
 @pytest.mark.parametrize(
@@ -104,6 +137,9 @@ def test_token_ids_are_counted_and_not_guessed(body: dict[str, Any], tokens: int
         ({"input": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}, 1),
         ({"messages": [{"content": "a"}, {"content": "b"}], "n": 3}, 3),
         ({"messages": [[{"content": "a"}], [{"content": "b"}]]}, 2),
+        ({"query": "a", "documents": ["b", {"text": "c"}]}, 2),
+        ({"messages": [{"content": "a"}], "documents": ["b", "c"]}, 1),
+        ({"token_ids": [1, 2, 3], "sampling_params": {"n": 4}}, 4),
         ({"n": 3.0}, 3),
         ({"n": 0}, 1),
         ({"n": 10**400}, 1),
