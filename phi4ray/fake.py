@@ -7,7 +7,7 @@ a job's plumbing (buckets, credentials, formats) before they rent a GPU.
 import asyncio
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from phi4ray.config import Endpoint, EngineConfig
@@ -46,7 +46,10 @@ class FakeReplica:
         self.on_begun: Callable[[str], None] | None = None
         self.on_finished: Callable[[str, int, int], None] | None = None
         self.on_step: Callable[[int, float | None, int], None] | None = None
-        self.app: Any = fake_app(self, config.model_name, chunk_s, self._begun, self._finished)
+        self.on_aborted: Callable[[str, int, int], None] | None = None
+        self.app: Any = fake_app(
+            self, config.model_name, chunk_s, self._begun, self._finished, self._aborted
+        )
 
     def _begun(self, engine_id: str) -> None:
         if self.on_begun is not None:
@@ -56,9 +59,16 @@ class FakeReplica:
         if self.on_finished is not None:
             self.on_finished(engine_id, usage["prompt_tokens"], usage["completion_tokens"])
 
+    def _aborted(self, engine_id: str, usage: Json) -> None:
+        if self.on_aborted is not None:
+            self.on_aborted(engine_id, usage["prompt_tokens"], usage["completion_tokens"])
+
     def alive(self) -> bool:
         """See `phi4ray.protocol.OnlineReplica.alive`."""
         return not self._dead
+
+    async def abort(self, ids: Iterable[str]) -> None:
+        """See `phi4ray.protocol.OnlineReplica.abort`: its answers end with whoever asks."""
 
     async def sleep(self) -> None:
         """See `phi4ray.protocol.OnlineReplica.sleep`."""

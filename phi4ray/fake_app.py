@@ -25,11 +25,13 @@ def fake_app(
     chunk_s: float,
     begun: Callable[[str], None],
     finished: Callable[[str, Json], None],
+    aborted: Callable[[str, Json], None],
 ) -> Starlette:
     """Chat and completions, streamed or not, models and health.
 
     A stream sends its answer a character at a time, `chunk_s` apart. `begun` is told the
-    request's id, as vLLM words it, `finished` its usage as well.
+    request's id, as vLLM words it, `finished` its usage as well, and `aborted` that of a stream
+    that was given up.
     """
 
     async def answer(request: Request) -> Response:
@@ -61,9 +63,16 @@ def fake_app(
             return JSONResponse(reply.body, reply.status)
 
         async def events() -> AsyncIterator[str]:
-            for character in text:
-                await asyncio.sleep(chunk_s)
-                yield _event(reply.body, {**_part(endpoint, character), "finish_reason": None})
+            sent = 0
+            try:
+                for character in text:
+                    await asyncio.sleep(chunk_s)
+                    sent += 1
+                    yield _event(reply.body, {**_part(endpoint, character), "finish_reason": None})
+            except (asyncio.CancelledError, GeneratorExit):
+                tokens = usage["completion_tokens"] * sent // len(text)
+                aborted(engine_id, usage | {"completion_tokens": tokens})
+                raise
             yield _event(reply.body, {**_part(endpoint, ""), "finish_reason": "stop"})
             finished(engine_id, usage)
             if options.get("include_usage"):

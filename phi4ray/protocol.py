@@ -1,6 +1,6 @@
 """What a replica is, whoever runs it: the shapes that batch, serving and engines share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -103,6 +103,8 @@ class OnlineReplica(Replica, Protocol):
     of one prompt share an id."""
     on_finished: Callable[[str, int, int], None] | None
     """Told of each sequence that the engine finished: its id, prompt and completion tokens."""
+    on_aborted: Callable[[str, int, int], None] | None
+    """Told instead of each that was given up: what it had come to, and all of its prompt."""
     on_step: Callable[[int, float | None, int], None] | None
     """Told of each step of the engine when its tokens are here: the sequences in it, the seconds
     since the step before was told of (None if no sequence waited for its next token), and how many
@@ -110,6 +112,10 @@ class OnlineReplica(Replica, Protocol):
 
     def alive(self) -> bool:
         """Whether the engine runs; costs microseconds, never blocks."""
+        ...
+
+    async def abort(self, ids: Iterable[str]) -> None:
+        """End what the engine still has of these, as `on_begun` named them; others are no error."""
         ...
 
     @property

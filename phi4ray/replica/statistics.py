@@ -1,20 +1,22 @@
 """What the engine tells of its steps, taken from vLLM's statistics."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from vllm.config import VllmConfig
+from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 
 class Told(Protocol):
-    """Who is told; see `phi4ray.protocol.OnlineReplica` for the two that are called."""
+    """Who is told; see `phi4ray.protocol.OnlineReplica` for those that are called."""
 
     stats: SchedulerStats
     """The newest of the scheduler."""
     on_finished: Callable[[str, int, int], None] | None
+    on_aborted: Callable[[str, int, int], None] | None
     on_step: Callable[[int, float | None, int], None] | None
 
 
@@ -57,6 +59,30 @@ def stat_logger(told: Told, *, metrics: bool) -> type[PrometheusStatLogger]:
                 )
 
     return Telling
+
+
+def tell_aborted(processor: OutputProcessor, told: Told) -> None:
+    """Have it told as well what was generated for whoever did not wait for the end.
+
+    vLLM drops the state of such a sequence, and has no statistics of it.
+    """
+    abort = processor.abort_requests
+
+    def aborting(request_ids: Iterable[str], internal: bool) -> list[str]:
+        ids = list(request_ids)
+        if told.on_aborted is not None:
+            known = processor.external_req_ids
+            inner = ids if internal else [one for outer in ids for one in known.get(outer, ())]
+            # Choices of one prompt, which their parent's id stands for, vLLM aborts by this again.
+            for one in inner:
+                state = processor.request_states.get(one)
+                if state is not None and state.stats is not None:
+                    told.on_aborted(
+                        state.external_req_id, state.prompt_len, state.stats.num_generation_tokens
+                    )
+        return abort(ids, internal)
+
+    processor.abort_requests = aborting
 
 
 class _NoMetrics(PrometheusStatLogger):

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -31,7 +31,7 @@ from phi4ray.preemption import going_on
 from phi4ray.protocol import Answer, Json, KVState, refusal
 from phi4ray.replica.arguments import server_args
 from phi4ray.replica.openai_app import Handler, openai_app
-from phi4ray.replica.statistics import stat_logger
+from phi4ray.replica.statistics import stat_logger, tell_aborted
 
 STOP_S = 2.0
 """For the engine's process to end by itself. It gives back what it holds in one second, and then
@@ -59,6 +59,8 @@ class VllmReplica:
         """Told of each sequence that the engine is given."""
         self.on_finished: Callable[[str, int, int], None] | None = None
         """Told of each sequence that finished; not with `disable_log_stats`."""
+        self.on_aborted: Callable[[str, int, int], None] | None = None
+        """Told of each sequence that was aborted; not with `disable_log_stats`."""
         self.on_step: Callable[[int, float | None, int], None] | None = None
         """Told of each step; not with `disable_log_stats`."""
         self.stats = SchedulerStats()
@@ -103,6 +105,7 @@ class VllmReplica:
         client.get_output_async = in_turns(client.get_output_async)
         states = engine.output_processor.request_states
         client.add_request_async = self._told(going_on(states, client.add_request_async))
+        tell_aborted(engine.output_processor, self)
         self.app, self._handlers = await openai_app(engine, args)
         self._http = httpx.AsyncClient(
             transport=httpx.ASGITransport(app=self.app, raise_app_exceptions=False),
@@ -179,6 +182,11 @@ class VllmReplica:
     def alive(self) -> bool:
         """See `phi4ray.protocol.OnlineReplica.alive`."""
         return self._engine is not None and not self._engine.errored
+
+    async def abort(self, ids: Iterable[str]) -> None:
+        """See `phi4ray.protocol.OnlineReplica.abort`."""
+        if self._engine is not None:
+            await self._engine.abort(ids)
 
     @property
     def can_sleep(self) -> bool:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,8 +21,16 @@ from phi4ray.serve.state import State
 class Admit:
     """Holds room in the KV cache around each generating request, or answers 429."""
 
-    def __init__(self, app: ASGIApp, admission: Admission, meter: Meter) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        admission: Admission,
+        meter: Meter,
+        abort: Callable[[Iterable[str]], Awaitable[None]],
+    ) -> None:
+        """`abort` is the replica's; see `phi4ray.protocol.OnlineReplica.abort`."""
         self.app = app
+        self._abort = abort
         self.admission = admission
         self._meter = meter
         self._lengths = Lengths()
@@ -55,16 +63,26 @@ class Admit:
             with self._meter.request(state.request_id) as usage:
                 # Watching costs a task, which most requests need not pay for.
                 room = self.admission.has_room(tokens, size.sequences)
-                async with (
-                    contextlib.nullcontext() if room else waiting.or_gone(),
-                    self.admission.admit(tokens, state.priority, size.sequences) as state.queued_s,
-                ):
-                    waiting.over()
-                    metrics.QUEUE_TIME.observe(state.queued_s)
-                    await self.app(scope, waiting.receive, send)
-                # Holding nothing any more: what was hung up is never counted.
-                if state.status == 200 and await usage.settled():
-                    state.usage = usage
+                ended = False
+                try:
+                    async with (
+                        contextlib.nullcontext() if room else waiting.or_gone(),
+                        self.admission.admit(
+                            tokens, state.priority, size.sequences
+                        ) as state.queued_s,
+                    ):
+                        waiting.over()
+                        metrics.QUEUE_TIME.observe(state.queued_s)
+                        await self.app(scope, waiting.receive, send)
+                    ended = not waiting.gone
+                finally:
+                    if not ended and usage.running:
+                        # vLLM notices some who hang up only when Python collects their answer.
+                        await self._abort(list(usage.prompts or ()))
+                    # They pay as well. This holds no room any more while it waits for the count.
+                    if state.status in (0, 200) and await usage.settled():
+                        state.usage = usage
+                if ended and state.usage is not None and not usage.aborted:
                     self._learn(size, usage)
         except OverloadedError as error:
             metrics.REJECTED.labels("engine_overloaded").inc()
@@ -86,6 +104,8 @@ class _Waiting:
     """Notices that the client hangs up while its request waits."""
 
     def __init__(self, receive: Receive) -> None:
+        self.gone = False
+        """Whether the application was told that the client hung up."""
         self._receive = receive
         self._kept: deque[Message] = deque()
         self._watch: asyncio.Task[None] | None = None
@@ -124,6 +144,6 @@ class _Waiting:
 
     async def receive(self) -> Message:
         """The application's `receive`: what came while waiting, then what comes."""
-        if self._kept:
-            return self._kept.popleft()
-        return await self._receive()
+        message = self._kept.popleft() if self._kept else await self._receive()
+        self.gone = self.gone or message["type"] == "http.disconnect"
+        return message

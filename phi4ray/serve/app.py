@@ -39,6 +39,7 @@ class OnlineApp:
         kv = replica.kv()
         meter = Meter()
         replica.on_begun, replica.on_finished = meter.begun, meter.finished
+        replica.on_aborted = meter.aborted
         self.admission = Admission(
             config.admission,
             capacity_tokens=kv.capacity_tokens,
@@ -59,7 +60,7 @@ class OnlineApp:
             self.batch_replica = AwakeReplica(replica, self.sleeper)
             engine = Awake(engine, self.sleeper)
             metrics.watch_sleep(self.sleeper)
-        admit = Admit(Alive(engine, replica), self.admission, meter)
+        admit = Admit(Alive(engine, replica), self.admission, meter, replica.abort)
         batches = config.batches
         api = BatchApi(admit, batches, config.engine.model_name, clock)
         self.gate = Gate(

@@ -20,6 +20,8 @@ class Usage:
     """Set when all sequences that were begun have ended."""
     running: int = 0
     """Sequences that the engine has."""
+    aborted: bool = False
+    """Whether one of them was not waited for: nothing is to be learned from how long it got."""
     prompts: dict[str, bool] | None = field(default_factory=dict)
     """By their ids in the engine: whether they are counted. None: nobody counts any more."""
     request_id: str = ""
@@ -85,6 +87,12 @@ class Meter:
         usage.running -= 1
         if not usage.running:
             usage.counted.set()
+
+    def aborted(self, engine_id: str, prompt_tokens: int, completion_tokens: int) -> None:
+        """Take note of one sequence that was given up: whoever asked pays what it had come to."""
+        if usage := self._open.get(engine_id):
+            usage.aborted = True
+        self.finished(engine_id, prompt_tokens, completion_tokens)
 
 
 def _is_beam(engine_id: str, request_id: str) -> bool:

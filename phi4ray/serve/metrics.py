@@ -32,7 +32,7 @@ REJECTED: Final = Counter(
 )
 TOKENS: Final = Counter(
     "phi4ray:tokens",
-    "Tokens of answered requests, by `prompt` or `completion`, and by tenant",
+    "Tokens that requests used, answered or hung up, by `prompt` or `completion`, and by tenant",
     ["kind", "tenant"],
 )
 QUEUE_TIME: Final = Histogram(

@@ -27,7 +27,7 @@ class State:
     status: int = 0
     """The HTTP status, once it is sent."""
     usage: Usage | None = None
-    """What the engine counted, once it is answered."""
+    """What the engine counted, once it is answered or given up."""
 
     @classmethod
     def of(cls, scope: Scope) -> "State":

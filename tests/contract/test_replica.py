@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import json
 import logging
 import os
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 import httpx
 import psutil
 import pytest
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from phi4ray import fork_server
 from phi4ray.batch.answers import within
@@ -202,6 +203,57 @@ def test_a_requests_usage_is_metered_as_the_engine_tells_it(
     assert metered.prompt_tokens == usage.get("prompt_tokens", usage.get("input_tokens"))
     assert metered.completion_tokens == usage.get("completion_tokens", usage.get("output_tokens"))
     assert sequences_of(body) == sequences
+
+
+@pytest.mark.parametrize("in_a_hurry", [True, False])
+@pytest.mark.parametrize("choices", [1, 2])
+def test_who_hangs_up_pays_what_was_generated_until_then(
+    running: Running, choices: int, in_a_hurry: bool
+) -> None:
+    """Those who read slowly hang up while a chunk is being sent, and vLLM goes on for nobody."""
+    if running.kind == "fake" and (choices > 1 or not in_a_hurry):
+        pytest.skip("it has one answer to each request, which ends with its stream")
+    online = OnlineApp(running.replica, serve_config({"engine": {"kind": "fake", "model": "m"}}))
+    body: Json = {"messages": HI, "max_tokens": 900, "ignore_eos": True, "stream": True}
+    raw = json.dumps({"model": running.model, "n": choices, **body}).encode()
+    messages = [{"type": "http.request", "body": raw, "more_body": False}]
+    scope: Scope = {"type": "http", "method": "POST", "path": CHAT, "query_string": b"",
+                    "headers": [(b"content-type", b"application/json")]}  # fmt: skip
+    aborted: list[tuple[int, int]] = []
+    tell = running.replica.on_aborted
+    assert tell is not None
+
+    def told(engine_id: str, prompt_tokens: int, completion_tokens: int) -> None:
+        aborted.append((prompt_tokens, completion_tokens))
+        tell(engine_id, prompt_tokens, completion_tokens)
+
+    async def hang_up() -> None:
+        enough, chunks = asyncio.Event(), 0
+
+        async def receive() -> Message:
+            if messages:
+                return messages.pop()
+            await enough.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            nonlocal chunks
+            chunks += bool(message.get("body"))
+            if chunks >= 10:
+                enough.set()
+                if not in_a_hurry:
+                    await asyncio.sleep(0.05)
+
+        await online(scope, receive, send)
+
+    running.replica.on_aborted = told
+    running.run(hang_up())
+    usage = State.of(scope).usage
+    assert usage is not None
+    assert usage.aborted
+    assert len(aborted) == choices
+    assert usage.prompt_tokens == aborted[0][0] > 0
+    assert 0 < usage.completion_tokens == sum(tokens for _, tokens in aborted) < 900
 
 
 def test_many_requests_run_at_once(running: Running) -> None:

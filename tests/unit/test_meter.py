@@ -95,3 +95,20 @@ def test_beams_are_not_counted_and_nobody_passes_for_one() -> None:
             assert usage.running == 1
 
     asyncio.run(scenario())
+
+
+def test_what_was_aborted_is_counted_and_marked() -> None:
+    async def scenario() -> None:
+        meter = Meter()
+        with meter.request("a") as usage:
+            for _ in range(2):
+                meter.begun("chatcmpl-a")
+            meter.finished("chatcmpl-a", 5, 3)
+            assert not usage.aborted
+            meter.aborted("chatcmpl-a", 5, 7)
+            assert await usage.settled()
+        assert (usage.prompt_tokens, usage.completion_tokens, usage.aborted) == (5, 10, True)
+        meter.aborted("chatcmpl-a", 5, 7)
+        assert usage.completion_tokens == 10
+
+    asyncio.run(scenario())
