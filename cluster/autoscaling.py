@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
@@ -37,11 +38,11 @@ class OpenShards:
         self._engine = engine
         self._batch_replicas = batch_replicas
         self._board: Any = None
-        self._asked_s = 0.0
+        self._asked_s = -STATS_S
         self._answer: Future[int] | None = None
         self._known = 0
 
-    def look(self, now_s: float) -> int:
+    def look(self) -> int:
         """The newest answer; asks again after `STATS_S`."""
         if self._answer is not None and self._answer.done():
             try:
@@ -50,6 +51,7 @@ class OpenShards:
                 logger.warning("the actor of batch jobs is away")
                 self._board = None
             self._answer = None
+        now_s = time.monotonic()  # a clock may be set back
         if self._answer is None and now_s - self._asked_s >= STATS_S:
             self._asked_s = now_s
             self._board = self._board or job_board(self._application)
@@ -72,6 +74,7 @@ class ScaleByTokens:
         self._open_shards = OpenShards(
             application, EngineConfig.model_validate(engine), self._config.batch_replicas
         )
+        self._problem = ""
         self._desired = Gauge(
             "phi4ray_desired_replicas", "Replicas that autoscaling wants", ("application",)
         )
@@ -86,6 +89,20 @@ class ScaleByTokens:
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """How many replicas there should be, and the state for the next call."""
+        try:
+            decided = self._decided(context)
+        except Exception as error:
+            # Serve's controller would leave off with all that it does for any application.
+            if repr(error) != self._problem:
+                self._problem = repr(error)
+                logger.exception(
+                    "autoscaling failed; %d replicas stay", context.target_num_replicas
+                )
+            return context.target_num_replicas, context.policy_state or {}
+        self._problem = ""
+        return decided
+
+    def _decided(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         stats = context.aggregated_metrics or {}
         told = [stats.get(name, {}) for name in STATS]
         loads = [
@@ -100,7 +117,7 @@ class ScaleByTokens:
             target=now,
             # With replicas there, Serve's count is of requests that are on their way to one.
             held_requests=0.0 if context.running_replicas else context.total_num_requests,
-            open_shards=self._open_shards.look(context.current_time),
+            open_shards=self._open_shards.look(),
             now_s=context.current_time,
             state=context.policy_state,
         )

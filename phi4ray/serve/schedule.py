@@ -22,6 +22,21 @@ class Window(Config):
     min_replicas: int = Field(ge=0)
     max_replicas: int | None = Field(None, ge=1, description="None: as outside of the window")
 
+    @field_validator("start", "end", mode="before")
+    @classmethod
+    def _quoted(cls, value: object) -> object:
+        # YAML takes 20:00 for a number in base 60, which would be another time.
+        if isinstance(value, int | float):
+            raise ValueError("a time stands in quotes, as '20:00'")
+        return value
+
+    @field_validator("start", "end")
+    @classmethod
+    def _local(cls, value: time) -> time:
+        if value.tzinfo is not None:
+            raise ValueError("a time is local to 'timezone', and has no zone of its own")
+        return value
+
     @field_validator("timezone")
     @classmethod
     def _known(cls, name: str) -> str:

@@ -4,15 +4,22 @@ import itertools
 import json
 import math
 import random
+import time
+from concurrent.futures import Future
 from datetime import UTC, datetime
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from cluster import autoscaling
+from cluster.autoscaling import OpenShards, ScaleByTokens
+from phi4ray.config import EngineConfig
 from phi4ray.serve.autoscaling import (
     CAUSES,
     AutoscalingPolicyConfig,
@@ -275,6 +282,8 @@ def test_a_window_may_go_over_midnight() -> None:
         {"min_replicas": 5, "max_replicas": 4},
         {"schedule": [{"start": "08:00", "end": "09:00", "min_replicas": 11}]},
         {"schedule": [{"start": "08:00", "end": "09:00", "min_replicas": 1, "timezone": "Mars"}]},
+        {"schedule": [{"start": "08:00", "end": "20:00Z", "min_replicas": 1}]},
+        {"schedule": yaml.safe_load("[{start: '08:00', end: 20:00, min_replicas: 1}]")},
         {"target_occupancy": 0},
         {"target_slowdown": 1},
         {"target": 0.5},
@@ -470,3 +479,44 @@ def test_online_requests_that_batch_rows_slow_down_order_no_replicas_for_it() ->
         for load in (alone, beside)
     ]
     assert found[0] == found[1]
+
+
+ENGINE = EngineConfig(kind="fake", model="m")
+
+
+def test_batch_work_is_asked_for_though_the_clock_is_set_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+
+    def open_shards(*_: Any) -> Any:
+        answer: Future[int] = Future()
+        answer.set_result(len(asked))
+        asked.append(answer)
+        return SimpleNamespace(future=lambda: answer)
+
+    board = SimpleNamespace(open_shards=SimpleNamespace(remote=open_shards))
+    monkeypatch.setattr(autoscaling, "job_board", lambda _: board)
+    monkeypatch.setattr(autoscaling, "STATS_S", 0.001)
+    shards = OpenShards("phi4", ENGINE, 1)
+    for clock_s in (2e9, 1e9):
+        monkeypatch.setattr(time, "time", lambda now_s=clock_s: now_s)
+        shards.look()
+        time.sleep(0.002)
+    assert len(asked) == 2
+
+
+def test_a_policy_that_fails_keeps_the_replicas_and_says_why_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An exception would end what Serve's controller does for all applications."""
+    scale = ScaleByTokens("phi4", policy().model_dump(mode="json"), ENGINE.model_dump(mode="json"))
+    monkeypatch.setattr(scale._open_shards, "look", lambda: 1 // 0)
+    context: Any = SimpleNamespace(
+        aggregated_metrics={}, running_replicas=[], target_num_replicas=3, policy_state={"a": 1},
+        total_num_requests=0, current_time=0.0, app_name="phi4",
+    )  # fmt: skip
+    told: list[Any] = []
+    monkeypatch.setattr(autoscaling.logger, "exception", lambda *words: told.append(words))
+    assert [scale(context) for _ in range(2)] == [(3, {"a": 1})] * 2
+    assert len(told) == 1
