@@ -18,7 +18,14 @@ from phi4ray.batch.carried import carried_table, conform
 from phi4ray.batch.lines import MAX_ROW_BYTES, Line, compression, lines_of, open_lines
 from phi4ray.batch.parquet import open_parquet, read_batches, records_of, unpacked_bytes
 from phi4ray.batch.plan import Input, Slice
-from phi4ray.batch.rows import RESERVED, decode_line, request_members
+from phi4ray.batch.rows import (
+    ID_COLUMNS,
+    RESERVED,
+    BrokenRow,
+    decode_line,
+    record_id,
+    request_members,
+)
 from phi4ray.errors import (
     InputChangedError,
     InputError,
@@ -154,8 +161,9 @@ class Reader:
         )
         if size > self._max_row_bytes:
             broken |= self._too_long(table)
+        broken |= {at: row for at, row in enumerate(rows) if isinstance(row, RowError)}
         for at, error in broken.items():
-            rows[at] = error
+            rows[at] = BrokenRow(error.code, error.message, _id_of(table.slice(at, 1)))
         return Records(rows, carried)
 
     def _too_long(self, table: pa.Table) -> dict[int, RowError]:
@@ -216,6 +224,13 @@ def _tables_from(item: Input, row_start: int, carried: pa.Schema) -> _Cursor:
         group, first = group + 1, first + count
     names = wanted_columns(file.schema_arrow, carried)
     return _Cursor(read_batches(item, file, names, group), first)
+
+
+def _id_of(row: pa.Table) -> str | None:
+    """The id of a Parquet row that is an error for its other columns."""
+    names = [name for name in ID_COLUMNS if name in row.column_names]
+    (record,) = records_of(row.select(names)) if names else ({},)
+    return None if isinstance(record, RowError) else record_id(record)
 
 
 def request_columns(names: Sequence[str]) -> frozenset[str]:

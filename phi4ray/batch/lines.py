@@ -7,6 +7,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from phi4ray.batch.plan import Input
+from phi4ray.batch.rows import ID_BYTES, BrokenRow
 from phi4ray.errors import InputError
 from phi4ray.protocol import RowError
 from phi4ray.storage import storage_for
@@ -47,21 +48,19 @@ def next_line(stream: BinaryIO, max_row_bytes: int) -> tuple[Line | None, int]:
         row = row_of(line)
         if row is None or len(row) <= max_row_bytes:
             return row, len(line)
-        return _too_long(len(row), max_row_bytes), len(line)
-    size, blank = len(line), row_of(line) is None
+        return _too_long(row, len(row), max_row_bytes), len(line)
+    size, blank, start = len(line), row_of(line) is None, line[:ID_BYTES].removeprefix(BOM)
     del line
     while piece := stream.readline(SKIP_BYTES):
         size, blank = size + len(piece), blank and piece.isspace()
         if piece.endswith(b"\n"):
             break
-    return None if blank else _too_long(size, max_row_bytes), size
+    return None if blank else _too_long(start, size, max_row_bytes), size
 
 
-def _too_long(size: int, max_row_bytes: int) -> RowError:
-    return RowError(
-        "row_too_long",
-        f"the line has {size:,} bytes, max_row_mib allows {max_row_bytes:,}",
-    )
+def _too_long(start: bytes, size: int, max_row_bytes: int) -> RowError:
+    message = f"the line has {size:,} bytes, max_row_mib allows {max_row_bytes:,}"
+    return BrokenRow.of_line(RowError("row_too_long", message), start)
 
 
 def skip_line(stream: BinaryIO, at: int, end: int) -> int:

@@ -10,6 +10,7 @@ is carried through to the output untouched.
 """
 
 import base64
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -23,6 +24,9 @@ from phi4ray.demand import max_tokens_of
 from phi4ray.protocol import Json, RowError, has_more_values
 
 BATCH_LINE = frozenset({"custom_id", "method", "url", "body"})
+ID_COLUMNS = ("custom_id", "id")
+"""The first that a row states is its id."""
+
 COLUMNS = frozenset({"custom_id", "id", "prompt", "messages", "sampling"})
 RESERVED = BATCH_LINE | COLUMNS
 """Members that may make a request; see `request_members`."""
@@ -32,6 +36,9 @@ MAX_ROW_VALUES = 2_000_000
 
 MAX_NAME_CHARS = 1024
 """Of a member or column: each becomes a column of the output, named in every part's footer."""
+
+ID_BYTES = 1 << 16
+"""The id of a line that is no record is looked for in so much of it."""
 
 MOST_TOKENS = 1 << 31
 """No answer is longer: a limit above it, of however many digits, says no more."""
@@ -55,6 +62,30 @@ class Defaults:
 
 
 @dataclass(frozen=True, slots=True)
+class BrokenRow(RowError):
+    """Why a row is no record, and the id that could be read of it all the same."""
+
+    id: str | None = None
+
+    @classmethod
+    def of_line(cls, error: RowError, line: bytes) -> "BrokenRow":
+        """Of a line, of which the start is enough."""
+        start = line[:ID_BYTES]
+        try:
+            start.decode("utf-8")
+        except UnicodeDecodeError as bad:
+            start = start[: bad.start]
+        record: Any = None
+        with contextlib.suppress(ValueError):
+            record = from_json(start, allow_partial=True)
+        if not isinstance(record, dict):
+            return cls(error.code, error.message)
+        if record and not isinstance(record[last := next(reversed(record))], str):
+            del record[last]  # it may go on where the start ends
+        return cls(error.code, error.message, record_id(record))
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One OpenAI request: where it goes and what is sent there."""
 
@@ -66,6 +97,11 @@ def decode_line(line: bytes | RowError) -> Json | RowError:
     """Decode one JSONL line into a record; one that was not read has its error already."""
     if isinstance(line, RowError):
         return line
+    record = _decoded(line)
+    return BrokenRow.of_line(record, line) if isinstance(record, RowError) else record
+
+
+def _decoded(line: bytes) -> Json | RowError:
     if has_more_values(line, MAX_ROW_VALUES):
         return RowError("too_many_values", f"the line has more than {MAX_ROW_VALUES:,} values")
     try:
@@ -90,16 +126,19 @@ def decode_line(line: bytes | RowError) -> Json | RowError:
 def request_members(record: Mapping[str, Any]) -> frozenset[str]:
     """The members that make this record's request; all others are carried.
 
-    A page's `url` or a mail's `body` beside its prompt are no parts of a Batch line.
+    A page's `url` or a mail's `body` beside its prompt are no parts of a Batch line, and an `id`
+    beside a `custom_id` is not the row's.
     """
     if record.get("prompt") is not None or record.get("messages") is not None:
-        return COLUMNS
-    return RESERVED if record.get("body") is None else BATCH_LINE
+        members = COLUMNS
+    else:
+        members = RESERVED if record.get("body") is None else BATCH_LINE
+    return members - {"id"} if as_text(record.get("custom_id")) else members
 
 
 def record_id(record: Json) -> str | None:
     """The id that a record states, as text; None where it states none."""
-    for name in ("custom_id", "id"):
+    for name in ID_COLUMNS:
         if identifier := as_text(record.get(name)):
             return identifier
     return None

@@ -32,7 +32,7 @@ from phi4ray.batch.parquet import (
     unpacked_bytes,
 )
 from phi4ray.batch.plan import Input, Slice
-from phi4ray.batch.rows import decode_line, own_limit, record_id, request_members
+from phi4ray.batch.rows import ID_COLUMNS, decode_line, own_limit, record_id, request_members
 from phi4ray.errors import InputError
 from phi4ray.protocol import Json, RowError
 from phi4ray.storage import storage_for
@@ -204,7 +204,7 @@ def _scan_parquet(item: Input, unit: Unit, cut: Cut) -> Scan:
     step = max(1, min(cut.rows, cut.bytes // a_row))
     digests: list[int] = []
     left = max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * item.size)
-    if names := [name for name in ("custom_id", "id") if name in schema.names]:
+    if names := [name for name in ID_COLUMNS if name in schema.names]:
         for table in read_batches(item, file, names):
             left -= unpacked_bytes(table)
             if left < 0:

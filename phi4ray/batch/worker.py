@@ -26,7 +26,7 @@ from phi4ray.batch.parts import (
     write_part,
 )
 from phi4ray.batch.plan import Plan, Shard
-from phi4ray.batch.rows import Defaults, Request, record_id, to_request
+from phi4ray.batch.rows import BrokenRow, Defaults, Request, record_id, to_request
 from phi4ray.config import BatchConfig
 from phi4ray.errors import ObjectNotFoundError, TransientStorageError
 from phi4ray.protocol import Replica, RowError
@@ -151,7 +151,8 @@ class ShardWorker:
                 name = f"{uri}#{number}"
                 request: Request | RowError
                 if isinstance(record, RowError):
-                    row_id, request = None, record
+                    row_id = record.id if isinstance(record, BrokenRow) else None
+                    request = record
                 else:
                     row_id, request = record_id(record), to_request(record, self._defaults)
                 result = Result(row_id or name, uri, number)

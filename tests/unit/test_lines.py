@@ -16,7 +16,7 @@ from phi4ray.batch.scan import Cut, scan_unit, units_of
 from phi4ray.errors import PlanMismatchError
 from phi4ray.protocol import RowError
 from phi4ray.storage import storage_for
-from tests.small_jobs import job, parts, prompts, run, write_lines
+from tests.small_jobs import answers, job, parts, prompts, run, write_lines
 
 pieces = st.sampled_from([b"a", b"aaaa", b" ", b"      ", b"\n", b"\r\n", b"\t", BOM, b"\r"])
 contents = st.lists(pieces, max_size=30).map(b"".join)
@@ -81,6 +81,7 @@ def test_a_row_that_is_too_long_is_an_error_row_and_the_others_are_answered(
     write_lines(tmp_path / "in" / "a.jsonl", [*prompts(2), long, *prompts(2, start=2)])
     summary = run(job(tmp_path, max_row_mib=1 / 1024, shard_rows=2))
     assert (summary.rows, summary.errors) == (5, {"row_too_long": 1})
+    assert [row["id"] for row in answers(job(tmp_path)) if row["error_code"]] == ["long"]
 
 
 def test_slices_with_a_very_long_row_are_read_piece_by_piece(tmp_path: Path) -> None:

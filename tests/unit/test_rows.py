@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi4ray.batch.rows import (
+    BrokenRow,
     Defaults,
     Request,
     as_text,
@@ -140,6 +141,11 @@ def test_a_batch_line_with_an_id_of_its_own_beside_carries_it() -> None:
     assert "id" not in request_members(line)
 
 
+def test_so_does_a_prompt_with_both_ids() -> None:
+    assert "id" not in request_members({"custom_id": "a", "id": 17, "prompt": "hello"})
+    assert "id" in request_members({"custom_id": "", "id": 17, "prompt": "hello"})
+
+
 def test_a_record_without_a_request_carries_nothing_that_may_make_one() -> None:
     assert {"url", "body", "id", "prompt"} <= request_members({"url": "x", "prompt": None})
 
@@ -183,6 +189,28 @@ def test_an_empty_id_is_none(value: Any) -> None:
 def test_any_value_has_a_text_that_can_be_written(value: Any) -> None:
     text = as_text(value)
     assert (text or "").encode().decode() == (text or "")
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (b'{"id": "a", "prompt": "\xff"}', "a"),
+        (b'{"id": "a", "prompt": "x', "a"),
+        (b'{"id": 7, "prompt": "x" 5}', "7"),
+        (b'{"id": "a", "' + b"n" * 2000 + b'": 1}', "a"),
+        (b'{"id": "a\xff", "prompt": "x"}', None),
+        (b'{"id": 12', None),
+        (b'{"id": "a', None),
+        (b'["id"]', None),
+        (b"id", None),
+    ],
+)
+def test_a_line_that_is_no_record_keeps_an_id_that_can_be_read(
+    line: bytes, text: str | None
+) -> None:
+    error = decode_line(line)
+    assert isinstance(error, BrokenRow)
+    assert error.id == text
 
 
 # Lines

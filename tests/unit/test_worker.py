@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -31,7 +32,7 @@ from phi4ray.errors import (
 from phi4ray.fake import FakeReplica, fake_text
 from phi4ray.protocol import Answer, Json, RowError, refusal
 from phi4ray.storage.local import LocalStorage
-from tests.small_jobs import answers, job, parts, prompts, write_lines
+from tests.small_jobs import answers, job, parts, prompts, write_lines, write_parquet
 
 
 class Engine(FakeReplica):
@@ -109,6 +110,39 @@ def test_a_row_is_known_by_file_and_row_where_it_has_no_id(tmp_path: Path) -> No
     config, plan = planned(tmp_path)
     run(config, plan, Engine())
     assert [row["id"] for row in rows_of(config)] == [f"{path}#0", "7", f"{path}#2"]
+
+
+def test_a_row_of_parquet_that_is_an_error_for_its_other_columns_keeps_its_id(
+    tmp_path: Path,
+) -> None:
+    table = pa.table(
+        {
+            "id": ["a", "b", "c", "d"],
+            "prompt": pa.array([b"x", b"\xff", b"x", b"x" * 3000]).view(pa.string()),
+            "note": pa.array([b"x", b"x", b"\xfe", b"x"]).view(pa.string()),
+        }
+    )
+    write_parquet(tmp_path / "in" / "a.parquet", table)
+    config, plan = planned(tmp_path, max_row_mib=1 / 1024)
+    run(config, plan, Engine())
+    assert [(row["id"], row["error_code"]) for row in rows_of(config)] == [
+        ("a", None),
+        ("b", "invalid_utf8"),
+        ("c", "invalid_utf8"),
+        ("d", "row_too_long"),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_an_id_beside_a_custom_id_is_carried(tmp_path: Path, kind: str) -> None:
+    rows = [{"custom_id": "c", "id": 17, "prompt": "x"}]
+    if kind == "jsonl":
+        write_lines(tmp_path / "in" / "a.jsonl", rows)
+    else:
+        write_parquet(tmp_path / "in" / "a.parquet", pa.Table.from_pylist(rows))
+    config, plan = planned(tmp_path)
+    run(config, plan, Engine())
+    assert [(row["id"], row["input_id"]) for row in rows_of(config)] == [("c", 17)]
 
 
 def test_rows_without_a_request_are_errors_that_no_engine_sees(tmp_path: Path) -> None:
