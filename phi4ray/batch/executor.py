@@ -42,7 +42,11 @@ class Executor(Protocol):
     """Runs the two kinds of work of a job."""
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """Results in the order of the items; items are taken only a little ahead of results."""
+        """Results in the order of the items; items are taken only a little ahead of results.
+
+        Each item is a task, and the function goes with each: what it holds must not grow with the
+        job.
+        """
         ...
 
     def run_shards(

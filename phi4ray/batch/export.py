@@ -9,31 +9,31 @@ from typing import IO
 
 from pydantic_core import from_json, to_json
 
-from phi4ray.batch.parts import Result, read_part, results_of
-from phi4ray.batch.plan import Plan
+from phi4ray.batch.parts import Result, read_table, receipt_of, results_of
 from phi4ray.protocol import Json
 from phi4ray.storage import join, storage_for
 
 
-def export_names(plan: Plan, shard: int) -> tuple[str, str]:
-    """The names of a shard's output and error files under the output prefix."""
-    stem = f"part-{shard:06d}-{plan.plan_id}"
-    return f"{stem}.output.jsonl", f"{stem}.errors.jsonl"
+def export_part(output: str, name: str) -> tuple[str, ...]:
+    """Write the OpenAI files of the part `name`; returns their names. An empty one is not written.
 
-
-def export_part(output: str, plan: Plan, shard: int) -> tuple[str, ...]:
-    """Write a shard's OpenAI files; returns the names written. An empty file is not written."""
+    The part's receipt says the rest. A plan is not asked: it grows with the job, and each part is
+    a task that may run elsewhere.
+    """
+    table = read_table(join(output, name))
+    receipt = receipt_of(table.schema)
+    stem = f"part-{receipt.shard:06d}-{receipt.plan_id}"
     streams: tuple[IO[bytes], IO[bytes]] = io.BytesIO(), io.BytesIO()
-    for number, row in enumerate(results_of(read_part(output, plan, shard))):
-        line = batch_line(row, f"batch_req_{plan.plan_id}_{shard:06d}_{number}")
+    for number, row in enumerate(results_of(table)):
+        line = batch_line(row, f"batch_req_{receipt.plan_id}_{receipt.shard:06d}_{number}")
         streams[row.error_code is not None].write(to_json(line) + b"\n")
     written = []
-    for name, stream in zip(export_names(plan, shard), streams, strict=True):
-        uri = join(output, name)
+    for kind, stream in zip(("output", "errors"), streams, strict=True):
+        uri = join(output, exported := f"{stem}.{kind}.jsonl")
         stream.seek(0)
         if data := stream.read():
             storage_for(uri).write(uri, data)
-            written.append(name)
+            written.append(exported)
         else:  # a rerun of failed rows may leave nothing to say here
             storage_for(uri).delete(uri)
     return tuple(written)

@@ -86,7 +86,8 @@ def write_manifest(
     shards = [receipt.shard for receipt in receipts]
     exports: list[tuple[str, ...]] = [()] * len(shards)
     if config.output_format == "openai-jsonl":
-        exports = list(executor.map(partial(export_part, config.output, plan), shards))
+        names = map(plan.part_name, shards)
+        exports = list(executor.map(partial(export_part, config.output), names))
     digests = threaded(lambda shard: storage_for(config.output).sha256(parts[shard].uri), shards)
     entries = tuple(
         PartEntry(
@@ -99,9 +100,9 @@ def write_manifest(
             size=parts[receipt.shard].size,
             etag=parts[receipt.shard].etag,
             sha256=digest,
-            exports=names,
+            exports=exported,
         )
-        for receipt, digest, names in zip(receipts, digests, exports, strict=True)
+        for receipt, digest, exported in zip(receipts, digests, exports, strict=True)
     )
     manifest = Manifest(
         plan_id=plan.plan_id,

@@ -216,7 +216,11 @@ def read_part(output: str, plan: Plan, shard: int) -> pa.Table:
         ObjectNotFoundError: the shard is not done.
         IncompleteOutputError: the object is no part.
     """
-    uri = join(output, plan.part_name(shard))
+    return read_table(join(output, plan.part_name(shard)))
+
+
+def read_table(uri: str) -> pa.Table:
+    """Read the part that lies there; see `read_part`."""
     data = storage_for(uri).read(uri)
     try:
         table = pq.read_table(io.BytesIO(data))

@@ -146,8 +146,8 @@ def _scans(
 ) -> Iterator[Scan]:
     """Scan units in order, and none after the job's limit."""
     rows = 0
-    scan_one = partial(_scan_one, tuple(inputs), cut, config.limit)
-    for scan in executor.map(scan_one, units):
+    scan_one = partial(_scan_one, cut, config.limit)
+    for scan in executor.map(scan_one, ((inputs[unit.file], unit) for unit in units)):
         yield scan
         rows += scan.rows
         if config.limit is not None and rows >= config.limit:
@@ -163,8 +163,8 @@ def _ids(scans: Sequence[Scan]) -> Ids:
     )
 
 
-def _scan_one(inputs: tuple[Input, ...], cut: Cut, limit: int | None, unit: Unit) -> Scan:
-    return scan_unit(inputs[unit.file], unit, cut, limit)
+def _scan_one(cut: Cut, limit: int | None, piece: tuple[Input, Unit]) -> Scan:
+    return scan_unit(*piece, cut, limit)
 
 
 def _place(inputs: Sequence[Input], slices: Sequence[Slice], row: int) -> str:

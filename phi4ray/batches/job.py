@@ -207,7 +207,7 @@ class Job:
         self._finalize(states.counted(state, *counts_of(done.values())))
         for shard in done:
             with contextlib.suppress(IncompleteOutputError):  # it cannot be kept
-                export_part(output, plan, shard)
+                export_part(output, plan.part_name(shard))
         self._end_with_files(plan)
 
     def _end_with_files(self, plan: Plan) -> None:

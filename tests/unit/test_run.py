@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import pickle
 import random
 import tempfile
 import threading
@@ -607,6 +608,23 @@ def test_openai_files_have_openais_lines(tmp_path: Path) -> None:
     assert failed[1]["error"]["code"] == "invalid_json"
     ids = [line["id"] for line in [*done, *failed]]
     assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize("files", [3, 60])
+def test_what_a_task_is_sent_does_not_grow_with_the_job(tmp_path: Path, files: int) -> None:
+    class Measured(InProcessExecutor):
+        def map(self, function: Any, items: Any) -> Iterator[Any]:
+            for item in items:
+                sent.append(len(pickle.dumps((function, item))))
+                yield function(item)
+
+    sent: list[int] = []
+    for at in range(files):
+        write_lines(tmp_path / "in" / f"{at:03}.jsonl", prompts(2, start=2 * at))
+    config = job(tmp_path, output_format="openai-jsonl", shard_rows=1)
+    run_batch(config, Measured(), Console(file=io.StringIO()))
+    assert len(sent) == 3 * files
+    assert max(sent) < 1500
 
 
 def test_openai_files_are_in_the_manifest_and_parts_out_of_readers_way(tmp_path: Path) -> None:
