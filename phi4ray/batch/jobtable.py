@@ -6,7 +6,9 @@ Replicas come and go, and have time for batch or not, so they ask for shards whe
 and hold them as leases. A replica that is silent has lost its leases. When no shard is left to
 hand out, one that has come along least is given to a second replica that is free (backup tasks of
 Dean and Ghemawat, "MapReduce", OSDI 2004, section 3.6): both write the same part, and the last one
-wins. Everything here may be forgotten and told again: truth is in the parts. Pure: times are given.
+wins. A shard that went down with a replica may be what killed it: it goes after all others, when it
+happens again one such at a time to a replica, and after the third time it is given up. Everything
+here may be forgotten and told again: truth is in the parts. Pure: times are given.
 """
 
 from collections import deque
@@ -16,7 +18,7 @@ from dataclasses import dataclass, field
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.worker import WorkerStats
 from phi4ray.config import BatchConfig, EngineConfig
-from phi4ray.errors import EngineDeadError, Phi4rayError
+from phi4ray.errors import Phi4rayError
 from phi4ray.protocol import RowError
 
 SILENT_S = 5.0
@@ -31,8 +33,16 @@ BACKUP_AFTER_S = 15.0
 GRACE_S = 10.0
 """A table that has just started may not have been told of a job yet that replicas know."""
 
-MAX_LOST = 8
-"""A shard that went down with so many replicas fails its job: it may be what kills them."""
+MAX_LOST = 3
+"""A shard that went down with so many replicas is given up, and with one less it is a suspect."""
+
+ENGINE_DIED = RowError(
+    "engine_died",
+    f"{MAX_LOST} replicas were lost while they worked on this row and others of its part, of which "
+    "one may be what kills the engine: ask for them again in small numbers to find it, or later if "
+    "replicas were lost for another reason.",
+)
+"""What the rows of a shard get that is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +98,7 @@ class News:
     """What a driver is told: the receipts that it has not seen, and what replicas do now.
 
     `leased` counts the shards that replicas work on, `replicas` those that were heard of lately.
+    `given_up` has all shards that nobody will answer: their rows are to have `ENGINE_DIED`.
     `batch_replicas` is how many batch may start or keep, None where their number is fixed.
     """
 
@@ -97,6 +108,7 @@ class News:
     failure: Phi4rayError | None
     replicas: int = 0
     batch_replicas: int | None = None
+    given_up: tuple[int, ...] = ()
 
 
 def waits_for(application: str, news: News) -> str:
@@ -122,8 +134,10 @@ class _Entry:
     pending: deque[int]
     heard_s: float
     leases: dict[int, dict[str, float]] = field(default_factory=dict)
-    lost: dict[int, int] = field(default_factory=dict)
+    lost: dict[int, set[str]] = field(default_factory=dict)
+    """The replicas that a shard went down with."""
     done: set[int] = field(default_factory=set)
+    given_up: list[int] = field(default_factory=list)
     receipts: list[Receipt] = field(default_factory=list)
     seen: int = 0
     stats: dict[str, WorkerStats] = field(default_factory=dict)
@@ -165,6 +179,7 @@ class JobTable:
             entry.failure,
             len(self._replicas),
             self._batch_replicas,
+            tuple(entry.given_up),
         )
 
     def open_shards(self, engine: EngineConfig, batch_replicas: int, now_s: float) -> int:
@@ -194,6 +209,10 @@ class JobTable:
     def exchange(self, report: Report, now_s: float) -> Orders:
         """Take a replica's report, and tell it what to do."""
         self.engine = report.engine
+        if report.replica not in self._replicas:
+            for each in self._jobs.values():  # it was only out of reach
+                for replicas in each.lost.values():
+                    replicas.discard(report.replica)
         self._replicas[report.replica] = now_s
         self._forget_silent_drivers(now_s)
         self._forget_silent_replicas(now_s)
@@ -221,7 +240,8 @@ class JobTable:
             # Of a job that is new to it a replica wants one shard to begin with.
             wanted = report.wanted.get(name, 0 if name in report.stats else 1)
             if entry.failure is None and entry.stop is None and wanted:
-                begin[name] = tuple(_take(entry, report.replica, wanted, now_s))
+                alone = any(_has_suspect(other, report.replica) for other in self._jobs.values())
+                begin[name] = tuple(_take(entry, report.replica, wanted, now_s, suspects=not alone))
         fresh = now_s - self._started_s < GRACE_S
         return Orders(
             live=frozenset(self._jobs) | (frozenset(report.stats) if fresh else frozenset()),
@@ -239,14 +259,7 @@ class JobTable:
         for replica in [r for r, at in self._replicas.items() if now_s - at > SILENT_S]:
             del self._replicas[replica]
             for entry in self._jobs.values():
-                for shard in _leave(entry, replica):
-                    entry.lost[shard] = entry.lost.get(shard, 0) + 1
-                    if entry.lost[shard] >= MAX_LOST:
-                        entry.failure = EngineDeadError(
-                            f"shard {shard} went down with {MAX_LOST} replicas: if their logs say "
-                            "that the engine died, look for the row that kills it; if replicas are "
-                            "taken away too often, the same command goes on"
-                        )
+                _lose(entry, replica)
 
 
 def _finish(entry: _Entry, receipt: Receipt) -> None:
@@ -265,29 +278,67 @@ def _renew(entry: _Entry, replica: str, held: frozenset[int], now_s: float) -> N
             _release(entry, shard, replica)
 
 
-def _leave(entry: _Entry, replica: str) -> list[int]:
-    """Take back all shards of a replica, and return them."""
+def _leave(entry: _Entry, replica: str) -> None:
+    """Take back all shards of a replica: another one begins with them."""
     entry.stats.pop(replica, None)
-    shards = [shard for shard, leases in entry.leases.items() if replica in leases]
-    for shard in shards:
+    for shard in _held(entry, replica):
         _release(entry, shard, replica)
-    return shards
 
 
-def _release(entry: _Entry, shard: int, replica: str) -> None:
+def _lose(entry: _Entry, replica: str) -> None:
+    """Take back all shards of a replica that is gone: they go last, or are given up."""
+    entry.stats.pop(replica, None)
+    for shard in _held(entry, replica):
+        lost = entry.lost.setdefault(shard, set())
+        lost.add(replica)
+        if len(lost) < MAX_LOST:
+            _release(entry, shard, replica, last=True)
+        else:
+            del entry.leases[shard]
+            entry.done.add(shard)
+            entry.given_up.append(shard)
+
+
+def _held(entry: _Entry, replica: str) -> list[int]:
+    return [shard for shard, leases in entry.leases.items() if replica in leases]
+
+
+def _release(entry: _Entry, shard: int, replica: str, *, last: bool = False) -> None:
     leases = entry.leases[shard]
     del leases[replica]
     if not leases:
         del entry.leases[shard]
-        entry.pending.appendleft(shard)
+        if last:
+            entry.pending.append(shard)
+        else:
+            entry.pending.appendleft(shard)
 
 
-def _take(entry: _Entry, replica: str, wanted: int, now_s: float) -> list[int]:
+def _suspect(entry: _Entry, shard: int) -> bool:
+    return len(entry.lost.get(shard, ())) == MAX_LOST - 1
+
+
+def _has_suspect(entry: _Entry, replica: str) -> bool:
+    return any(
+        _suspect(entry, shard) and replica in entry.leases.get(shard, ()) for shard in entry.lost
+    )
+
+
+def _take(entry: _Entry, replica: str, wanted: int, now_s: float, *, suspects: bool) -> list[int]:
+    """The next shards, of them one suspect at most; with `suspects` false none."""
     taken: list[int] = []
+    left: list[int] = []
     while entry.pending and len(taken) < wanted:
         shard = entry.pending.popleft()
-        if shard not in entry.done and shard not in entry.leases:
-            taken.append(shard)
+        if shard in entry.done or shard in entry.leases:
+            continue
+        suspect = _suspect(entry, shard)
+        if suspect and not suspects:
+            left.append(shard)
+            continue
+        suspects = suspects and not suspect
+        taken.append(shard)
+    entry.pending.extend(left)
     if not taken and (slow := _backup(entry, replica, now_s)) is not None:
         taken.append(slow)
     for shard in taken:
@@ -309,6 +360,7 @@ def _backup(entry: _Entry, replica: str, now_s: float) -> int | None:
         for shard, leases in entry.leases.items()
         if len(leases) == 1
         and replica not in leases
+        and not _suspect(entry, shard)
         and now_s - next(iter(leases.values())) > BACKUP_AFTER_S
     ]
     return min(slow, key=rows, default=None)

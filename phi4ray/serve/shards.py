@@ -96,6 +96,7 @@ class ShardHost:
         self._failed: list[tuple[str, Phi4rayError]] = []
         self._leaving: set[asyncio.Task[None]] = set()
         self._draining = False
+        self._engine_died = False
 
     def drain(self, draining: bool) -> None:
         """Take no more shards and hand back those in hand: this replica is about to end.
@@ -155,6 +156,8 @@ class ShardHost:
     def _wanted(self, running: _Running) -> int:
         """More shards only while rows go as they come: another replica may have room for them."""
         name = running.job.name
+        if self._engine_died:
+            return 0
         if self._harvest.waiting(name) > self._harvest.running(name):
             return 0
         return max(0, running.job.lanes - len(running.lanes))
@@ -182,14 +185,18 @@ class ShardHost:
             receipt = await worker.run(shard)  # `obey` replaces the list meanwhile
             self._finished.append((name, receipt))
         except EngineDeadError:
-            return  # this process is about to end, and another replica has the shard then
+            # This process is about to end. Until then it keeps the shard: the table is to know that
+            # they went down together.
+            self._engine_died = True
+            return
         except Phi4rayError as error:
             self._failed.append((name, error))
         except Exception as error:
             logger.exception("shard %d of %s", shard, name)
             self._failed.append((name, ClusterError(f"shard {shard} failed: {error!r}")))
         finally:
-            running.lanes.pop(shard, None)
+            if not self._engine_died:
+                running.lanes.pop(shard, None)
             self.changed.set()
 
     def _end_all(self, names: AbstractSet[str]) -> None:

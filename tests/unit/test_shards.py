@@ -17,7 +17,7 @@ from rich.console import Console
 from phi4ray import preemption
 from phi4ray.batch import answers as answers_module
 from phi4ray.batch import jobtable
-from phi4ray.batch.jobtable import JobTable
+from phi4ray.batch.jobtable import MAX_LOST, JobTable, Report
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import Plan
 from phi4ray.batch.run import run_batch
@@ -51,11 +51,14 @@ class Engine(FakeReplica):
         self.bodies: list[Json] = []
         self.asked: list[tuple[str, Preemptible | None]] = []
         self.most = 0
+        self.deadly: str | None = None
 
     async def complete(self, endpoint: Endpoint, body: Json) -> Answer:
         self.bodies.append(body)
         self.asked.append((prompt_of(body), preemption._asked.get()))
         self.most = max(self.most, self.kv().running + 1)
+        if self.deadly is not None and prompt_of(body) == self.deadly:
+            self._dead = True
         return await super().complete(endpoint, body)
 
 
@@ -79,6 +82,9 @@ class Replica:
 
     def drain(self, draining: bool = True) -> None:
         self._host.drain(draining)
+
+    def report(self) -> Report:
+        return self._host.report()
 
     def kill(self) -> None:
         """Its process is gone: nothing it does from now on counts."""
@@ -379,6 +385,31 @@ def test_an_error_of_a_shard_fails_the_job_with_its_own_type(
             finish(config, on)
     finally:
         on.close()
+
+
+def test_a_row_that_kills_its_engine_costs_its_shard_and_no_other(
+    tmp_path: Path, fleet: Callable[..., Fleet]
+) -> None:
+    last: list[Report] = []
+
+    async def scenario(on: Fleet) -> None:
+        while True:
+            replica = on.start()
+            replica.engine.deadly = "prompt 7"
+            while replica.engine.alive():
+                await asyncio.sleep(0.005)
+            await asyncio.sleep(0.05)  # until its process ends
+            last.append(replica.report())
+            on.kill(0)
+
+    config = planned(tmp_path, 100)
+    run_batch(config, fleet(scenario), quiet())
+    errors = {row["n"]: row["error_code"] for row in answers(config) if row["error_code"]}
+    assert errors == dict.fromkeys(range(5, 10), "engine_died")
+    assert len(last) == MAX_LOST
+    for report in last:  # it went down with its shards, and has taken no other up
+        assert all(1 in shards for shards in report.holding.values())
+        assert set(report.wanted.values()) == {0}
 
 
 def test_a_plan_that_was_replaced_fails_the_job(
