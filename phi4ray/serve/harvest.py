@@ -26,6 +26,9 @@ from phi4ray.serve.slack import (
 
 T = TypeVar("T")
 
+LARGE_FRACTION = 0.125
+"""A row that is to hold more of the KV cache delays no others while it cannot fit."""
+
 
 @dataclass(eq=False, slots=True)
 class _Row:
@@ -66,6 +69,8 @@ class Harvest:
         self._queue: FairQueue[_Row] = FairQueue()
         self._jobs: dict[str, int] = {}
         self._rows: set[_Row] = set()
+        self._passed_over: dict[_Row, None] = {}
+        """Large rows that would not fit if they were the only ones, oldest first."""
         self._numbers = itertools.count()
         self._begun = itertools.count()
         self._given_tokens = 0.0
@@ -89,12 +94,13 @@ class Harvest:
 
     def waiting(self, job: str) -> int:
         """Rows of one job that wait for slack."""
-        return self._queue.waiting(job)
+        passed_over = sum(row.job == job for row in self._passed_over)
+        return self._queue.waiting(job) + passed_over
 
     @property
     def all_waiting(self) -> int:
         """Rows of all jobs that wait for slack."""
-        return sum(map(self._queue.waiting, self._jobs))
+        return sum(map(self.waiting, self._jobs))
 
     def join(self, job: str, weight: float = 1.0, priority: int = 0) -> None:
         """Let a job's rows come, or change what share they get."""
@@ -133,6 +139,7 @@ class Harvest:
                 row.task, row.wake = None, loop.create_future()
         finally:
             row.wake.cancel()
+            self._passed_over.pop(row, None)
             self._give_back(row)
 
     def step(self, running: int, step_s: float | None, begun: int) -> None:
@@ -145,6 +152,7 @@ class Harvest:
         room = self._observe()
         if self.tokens > room.keep_tokens or self.rows > room.keep_sequences:
             self._shrink(room)
+        self._take_up_again(room)
         while (row := self._queue.head()) is not None:
             if row.wake.done():  # its job does not want it any more
                 self._queue.pop()
@@ -155,14 +163,33 @@ class Harvest:
                 control.idle_ready() if self._idle else control.ready(self._rising_tokens_per_s())
             )
             # Where there is nothing else any row may go, however large and slow.
-            if not (fits and paced) and (self._rows or self._online()):
+            if (fits and paced) or self._alone():
+                self._queue.pop(row.tokens)
+                self._begin(row)
+            elif self._fits_alone(row, room):
                 return
-            self._queue.pop(row.tokens)
-            self._begin(row)
+            else:
+                self._queue.pop()
+                self._passed_over[row] = None
+
+    def _fits_alone(self, row: _Row, room: Slack) -> bool:
+        """Whether it is worth that others wait until it fits."""
+        large = row.tokens > LARGE_FRACTION * self._admission.capacity_tokens
+        return not large or row.tokens <= room.tokens
+
+    def _take_up_again(self, room: Slack) -> None:
+        for row in list(self._passed_over):
+            if self._fits_alone(row, room) or self._alone():
+                del self._passed_over[row]
+                self._queue.push(row.job, row.number, row)
 
     def _arrived(self, tokens: float, now_s: float) -> None:
         self._arriving.add(tokens, now_s)
         self._given_tokens += tokens
+
+    def _alone(self) -> bool:
+        """Whether the engine has nothing else to do."""
+        return not (self._rows or self._online())
 
     def _online(self) -> bool:
         return self._admission.running > 0 or self._admission.crowded

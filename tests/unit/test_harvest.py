@@ -142,6 +142,61 @@ def test_an_online_request_gets_its_tokens_at_once_and_the_youngest_rows_yield()
     asyncio.run(scenario())
 
 
+def test_a_row_too_large_for_beside_an_online_request_delays_no_other() -> None:
+    async def scenario() -> None:
+        engine = Engine()
+        finish = await engine.online(50)
+        engine.harvest.step(1, 0.01, 1)
+        engine.row("large", tokens=950)
+        engine.row("small")
+        engine.row("gone", tokens=950)
+        await settle(10)
+        assert list(engine.running) == ["small"]
+        assert engine.harvest.waiting(JOB) == engine.harvest.all_waiting == 2
+        engine.tasks["gone"].cancel()
+        await settle(10)
+        assert engine.harvest.waiting(JOB) == 1
+        await finish()
+        engine.now += 100  # then it has its turn again, before those that came later
+        engine.row("later", tokens=300)
+        await settle(10)
+        assert list(engine.running) == ["small", "large"]
+        await engine.end("small")
+        assert list(engine.running) == ["large", "later"]
+
+    asyncio.run(scenario())
+
+
+def test_a_large_row_that_fits_beside_online_requests_has_the_others_wait_for_it() -> None:
+    async def scenario() -> None:
+        engine = Engine()
+        await engine.online(50)
+        engine.harvest.step(1, 0.01, 1)
+        engine.row("first", tokens=500)
+        await settle(10)
+        engine.row("large", tokens=600)
+        engine.row("small")
+        await settle(10)
+        assert list(engine.running) == ["first"]
+        await engine.end("first")
+        assert list(engine.running) == ["large", "small"]
+
+    asyncio.run(scenario())
+
+
+def test_a_row_as_large_as_the_cache_goes_where_there_is_nothing_else() -> None:
+    async def scenario() -> None:
+        engine = Engine()
+        finish = await engine.online(50)
+        engine.row("large", tokens=1000)
+        await settle(10)
+        assert not engine.running
+        await finish()
+        assert list(engine.running) == ["large"]
+
+    asyncio.run(scenario())
+
+
 def test_rows_that_an_idle_engine_had_not_begun_make_way_for_the_first_online_request() -> None:
     async def scenario() -> None:
         engine = Engine(tokens=100_000, prefill_tokens=100)
