@@ -89,7 +89,7 @@ def evaluate(
     `executor` runs the batches: None runs an engine in this process.
 
     Raises:
-        ConfigError: a task, its data or a model's settings cannot be had.
+        ConfigError: a task, its data or a model's settings cannot be had, or lm-eval is missing.
         EngineError: an engine or endpoint does not answer.
         StorageError: the report cannot be written.
     """
@@ -153,7 +153,13 @@ def _measure(
     config: EvaluateConfig, engine: EngineConfig, answer: Answerer
 ) -> tuple[Measured, dict[str, dict[str, float]], dict[str, bool]]:
     """One model's scores; those of each sample; and whether higher is better."""
-    from phi4ray.train import harness
+    try:
+        from phi4ray.train import harness
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{error.name} is not installed here: evaluating needs the extra `evaluate` "
+            "(pip install '.[evaluate]')"
+        ) from error
 
     began = time.monotonic()
     model = harness.RequestModel(

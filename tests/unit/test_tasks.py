@@ -1,10 +1,12 @@
 """Tasks by name, local files in place of the hub's data, and the evaluation's command line."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+import phi4ray.train
 from jobs.evaluate import FLAGS, configuration, main, parser
 from phi4ray.config import validated
 from phi4ray.errors import ConfigError
@@ -127,6 +129,19 @@ def test_bad_arguments_end_with_2_and_name_each(capsys: pytest.CaptureFixture[st
     told = capsys.readouterr().err
     for field in ("engine.model", "output", "limit"):
         assert f"  {field}: " in told
+
+
+def test_without_lm_eval_it_ends_with_2_and_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "phi4ray.train.harness", raising=False)
+    monkeypatch.delattr(phi4ray.train, "harness", raising=False)
+    asked = ("--base-url", "http://127.0.0.1:9/v1", "--model", "phi-4", "--output", str(tmp_path))
+    assert main(asked) == 2
+    told = capsys.readouterr().err
+    assert "lm_eval is not installed here" in told
+    assert "pip install '.[evaluate]'" in told
 
 
 def test_help_tells_of_every_flag_and_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
