@@ -3,6 +3,7 @@
 Batch pacing, online admission and per-key limits speak these tokens.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -18,6 +19,9 @@ TOKENS_PER_CHAR = (1 / 16, 1.5)
 
 One client's requests are not to change what is expected of all others' beyond that.
 """
+
+LONGEST_TOKEN_CHARS = 128
+"""The longest tokens of the family's vocabularies: so many blanks."""
 
 MOST_CHOICES = 16_384
 """vLLM refuses more."""
@@ -173,6 +177,37 @@ class Size(NamedTuple):
         ]
         chars, ids = (sum(counts) for counts in zip(*found, strict=True))
         return cls(chars, max_tokens_of(body), ids, sequences_of(body))
+
+
+def surely_longer(prompts: Any, tokens: int) -> bool:
+    """Whether one of a body's prompts surely has more than so many tokens.
+
+    That is known of ids, of text without end, and of more words than that: no token is part of two.
+    Of chats only what users say counts, as their templates may leave out anything else.
+    """
+    several = isinstance(prompts, list) and prompts and isinstance(prompts[0], str | list)
+    each: list[Any] = prompts if several else [prompts]
+    for prompt in each:
+        if _is_ids(prompt):
+            if len(prompt) > tokens:
+                return True
+            continue
+        text = prompt if isinstance(prompt, str) else " ".join(_said(prompt))
+        if len(text) > tokens * LONGEST_TOKEN_CHARS:
+            return True
+        if len(text) > 2 * tokens and len(text.split(None, tokens)) > tokens:
+            return True
+    return False
+
+
+def _said(messages: object) -> Iterator[str]:
+    """The texts of the users' messages; its parts may be put together without a blank."""
+    for message in messages if isinstance(messages, list) else []:
+        if isinstance(message, dict) and message.get("role") == "user":
+            content = message.get("content")
+            parts = content if isinstance(content, list) else [{"text": content}]
+            texts = (part.get("text") for part in parts if isinstance(part, dict))
+            yield "".join(text for text in texts if isinstance(text, str))
 
 
 def _messages(body: Json) -> list[Any]:

@@ -139,9 +139,9 @@ class Admission:
     ) -> AsyncIterator[float]:
         """Hold room for a request inside the block; gives the seconds it waited.
 
-        A request that is larger than the whole cache counts as all of it: the engine, which knows
-        its exact size, words that refusal. So does one of more sequences than the engine has at
-        once: it goes through them in turns. Lower `priority` goes first, as in vLLM.
+        A request that is larger than the whole cache counts as all of it. So does one of more
+        sequences than the engine has at once: it goes through them in turns. Lower `priority` goes
+        first, as in vLLM.
 
         Raises:
             OverloadedError: there was no room in time.

@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from phi4ray.demand import Lengths, Size, as_vllm_reads
+from phi4ray.demand import Lengths, Size, as_vllm_reads, surely_longer
 from phi4ray.protocol import Json
 from phi4ray.serve import metrics
 from phi4ray.serve.admission import Admission, OverloadedError
 from phi4ray.serve.headers import priorities_of
 from phi4ray.serve.meter import Meter, Usage
-from phi4ray.serve.paths import GENERATING
+from phi4ray.serve.paths import GENERATING, PROMPTS
 from phi4ray.serve.responses import send_error
 from phi4ray.serve.state import State
 
@@ -27,10 +27,12 @@ class Admit:
         admission: Admission,
         meter: Meter,
         abort: Callable[[Iterable[str]], Awaitable[None]],
+        max_model_len: int,
     ) -> None:
         """`abort` is the replica's; see `phi4ray.protocol.OnlineReplica.abort`."""
         self.app = app
         self._abort = abort
+        self._max_model_len = max_model_len
         self.admission = admission
         self._meter = meter
         self._lengths = Lengths()
@@ -39,7 +41,22 @@ class Admit:
         """Tokens that a request is expected to hold; 0 for what needs no KV cache."""
         if path not in GENERATING or body is None:
             return 0
-        return self._lengths.demand(*Size.of(body))
+        return self._demand(Size.of(body))
+
+    def _demand(self, size: Size) -> float:
+        # No sequence has more: the engine refuses those that would.
+        return min(self._lengths.demand(*size), float(size.sequences * self._max_model_len))
+
+    def _refused(self, path: str, body: Json, size: Size) -> bool:
+        """Whether vLLM surely refuses a prompt for its length: for that it needs no room."""
+        if path not in PROMPTS or size.chars + size.ids <= self._max_model_len:
+            return False
+        cut = (
+            body.get("truncate_prompt_tokens") is not None
+            or body.get("truncation", "disabled") != "disabled"
+            or body.get("chat_template") is not None  # which may leave out what it likes
+        )
+        return not cut and surely_longer(body.get(PROMPTS[path]), self._max_model_len)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection; see the ASGI specification."""
@@ -57,7 +74,10 @@ class Admit:
             )  # fmt: skip
             return
         size = Size.of(state.body)
-        tokens = self._lengths.demand(*size)
+        if self._refused(state.path, state.body, size):
+            await self.app(scope, receive, send)
+            return
+        tokens = self._demand(size)
         waiting = _Waiting(receive)
         try:
             with self._meter.request(state.request_id) as usage:

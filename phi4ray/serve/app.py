@@ -60,7 +60,9 @@ class OnlineApp:
             self.batch_replica = AwakeReplica(replica, self.sleeper)
             engine = Awake(engine, self.sleeper)
             metrics.watch_sleep(self.sleeper)
-        admit = Admit(Alive(engine, replica), self.admission, meter, replica.abort)
+        admit = Admit(
+            Alive(engine, replica), self.admission, meter, replica.abort, kv.max_model_len
+        )
         batches = config.batches
         api = BatchApi(admit, batches, config.engine.model_name, clock)
         self.gate = Gate(

@@ -26,10 +26,11 @@ CHAT = "/v1/chat/completions"
 HELLO = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 
 
-def online(engine: dict[str, Any] | None = None, **settings: Any) -> OnlineApp:
-    config = serve_config(
-        {"engine": {"kind": "fake", "model": "m", "engine_args": engine or {}}, **settings}
-    )
+def online(
+    engine: dict[str, Any] | None = None, *, max_model_len: int = 16384, **settings: Any
+) -> OnlineApp:
+    kind = {"kind": "fake", "model": "m", "max_model_len": max_model_len}
+    config = serve_config({"engine": {**kind, "engine_args": engine or {}}, **settings})
     return OnlineApp(FakeReplica(config.engine), config)
 
 
@@ -90,6 +91,65 @@ def test_over_capacity_a_request_waits_and_then_gets_429_with_retry_after() -> N
     assert 1 <= int(refused.headers["retry-after"]) <= 60
     assert refused.json()["error"]["code"] == "engine_overloaded"
     assert refused.json()["error"]["type"] == "rate_limit_error"
+
+
+LONG = "word " * 200
+SAID = {"role": "user", "content": LONG}
+COMPLETIONS = "/v1/completions"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        (CHAT, {"messages": [SAID]}, 400),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": LONG}]}]}, 400),
+        (CHAT, {"messages": [{"role": "user", "content": "word " * 60}] * 2}, 400),
+        (COMPLETIONS, {"prompt": LONG}, 400),
+        (COMPLETIONS, {"prompt": ["a", LONG], "n": 4}, 400),
+        (COMPLETIONS, {"prompt": "x" * 13_000}, 400),
+        (COMPLETIONS, {"prompt": [1] * 500}, 400),
+        # What vLLM may cut, leave out or find short enough waits for room.
+        (CHAT, {"messages": [SAID], "truncate_prompt_tokens": -1}, 429),
+        (CHAT, {"messages": [{"role": "tool", "content": LONG}]}, 429),
+        (CHAT, HELLO | {"prompt": LONG}, 429),
+        (COMPLETIONS, {"prompt": " " * 12_000}, 429),
+    ],
+)
+def test_what_is_surely_too_long_waits_for_no_room_to_be_refused(
+    path: str, body: dict[str, Any], status: int
+) -> None:
+    app = online(
+        {"latency_s": 0.02, "kv_cache_size_tokens": 100},
+        max_model_len=100,
+        admission={"queue_timeout_s": 0},
+    )
+
+    async def scenario(client: httpx.AsyncClient) -> None:
+        running = asyncio.create_task(client.post(CHAT, json=HELLO | {"max_tokens": 90}))
+        while not app.admission.running:
+            await asyncio.sleep(0)
+        assert (await client.post(path, json=body)).status_code == status
+        assert (await running).status_code == 200
+
+    asked(app, scenario)
+
+
+def test_no_request_counts_as_more_than_the_models_context() -> None:
+    app = online(
+        {"latency_s": 0.02, "kv_cache_size_tokens": 1000},
+        max_model_len=300,
+        admission={"queue_timeout_s": 0},
+    )
+
+    async def scenario(client: httpx.AsyncClient) -> None:
+        running = asyncio.create_task(client.post(CHAT, json=HELLO | {"max_tokens": 250}))
+        while not app.admission.running:
+            await asyncio.sleep(0)
+        unknown = await client.post(COMPLETIONS, json={"prompt": "x" * 30_000})
+        assert unknown.status_code == 400  # the engine's answer, who alone knows its length
+        assert (await running).status_code == 200
+
+    asked(app, scenario)
 
 
 @pytest.mark.parametrize(
