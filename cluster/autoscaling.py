@@ -33,8 +33,7 @@ class OpenShards:
     Where no replica runs nobody else tells the board what one would run.
     """
 
-    def __init__(self, application: str, engine: EngineConfig, batch_replicas: int) -> None:
-        self._application = application
+    def __init__(self, engine: EngineConfig, batch_replicas: int) -> None:
         self._engine = engine
         self._batch_replicas = batch_replicas
         self._board: Any = None
@@ -42,7 +41,7 @@ class OpenShards:
         self._answer: Future[int] | None = None
         self._known = 0
 
-    def look(self) -> int:
+    def look(self, application: str) -> int:
         """The newest answer; asks again after `STATS_S`."""
         if self._answer is not None and self._answer.done():
             try:
@@ -54,7 +53,7 @@ class OpenShards:
         now_s = time.monotonic()  # a clock may be set back
         if self._answer is None and now_s - self._asked_s >= STATS_S:
             self._asked_s = now_s
-            self._board = self._board or job_board(self._application)
+            self._board = self._board or job_board(application)
             asked = self._board.open_shards.remote(self._engine, self._batch_replicas)
             self._answer = asked.future()
         return self._known
@@ -67,12 +66,10 @@ class ScaleByTokens:
     schedule ever has, and starts the first replica itself when a request waits for one.
     """
 
-    def __init__(
-        self, application: str, policy: Mapping[str, Any], engine: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, policy: Mapping[str, Any], engine: Mapping[str, Any]) -> None:
         self._config = AutoscalingPolicyConfig.model_validate(policy)
         self._open_shards = OpenShards(
-            application, EngineConfig.model_validate(engine), self._config.batch_replicas
+            EngineConfig.model_validate(engine), self._config.batch_replicas
         )
         self._problem = ""
         self._desired = Gauge(
@@ -117,7 +114,7 @@ class ScaleByTokens:
             target=now,
             # With replicas there, Serve's count is of requests that are on their way to one.
             held_requests=0.0 if context.running_replicas else context.total_num_requests,
-            open_shards=self._open_shards.look(),
+            open_shards=self._open_shards.look(context.app_name or ""),
             now_s=context.current_time,
             state=context.policy_state,
         )
@@ -155,7 +152,6 @@ def autoscaling_config(config: ServeConfig) -> AutoscalingConfig:
         policy=AutoscalingPolicy(
             policy_function="cluster.autoscaling:ScaleByTokens",
             policy_kwargs={
-                "application": config.name,
                 "policy": config.autoscaling.model_dump(mode="json"),
                 "engine": config.engine.model_dump(mode="json"),
             },

@@ -19,10 +19,11 @@ ExecutorsOf = Callable[[ServeConfig], Executors]
 """Makes, in the runner's process, what makes the executor of each batch."""
 
 
-def on_service(config: ServeConfig) -> Executors:
+def on_service(_: ServeConfig) -> Executors:
     """Executors on the application's own replicas, in what online traffic leaves."""
-    job_board(config.name)  # no replica may have started one yet
-    return lambda stopped: Board(config.name).executor(InProcessExecutor(), stopped)
+    application = serve.get_replica_context().app_name
+    job_board(application)  # no replica may have started one yet
+    return lambda stopped: Board(application).executor(InProcessExecutor(), stopped)
 
 
 class BatchRunner:

@@ -70,14 +70,14 @@ class Phi4Replica:
         self._watch = asyncio.create_task(self._exit_with_the_engine())
         if config.gate.keys_file is not None:
             self._sharing = asyncio.create_task(
-                share_limits(config.name, here.replica_id.unique_id, self._app.gate.limiter)
+                share_limits(here.app_name, here.replica_id.unique_id, self._app.gate.limiter)
             )
         host = ShardHost(
             here.replica_id.unique_id, config.engine, self._app.batch_replica, self._app.harvest
         )
         if self._app.sleeper is not None:
             self._sleeping = asyncio.create_task(self._app.sleeper.watch())
-        self._hosting = asyncio.create_task(host_shards(config.name, host))
+        self._hosting = asyncio.create_task(host_shards(here.app_name, host))
         self._draining = asyncio.create_task(follow_draining(here.replica_id, host.drain))
 
     async def _exit_with_the_engine(self) -> None:

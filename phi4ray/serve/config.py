@@ -18,7 +18,12 @@ from phi4ray.serve.slack import HarvestConfig
 class ServeConfig(Config):
     """One Serve application: replicas of one engine behind one OpenAI API."""
 
-    name: str = Field("phi4", min_length=1, description="Name of the Ray Serve application")
+    name: str = Field(
+        "phi4",
+        min_length=1,
+        description="Name of the Ray Serve application that jobs/serve.py starts. In a Serve "
+        "config file it is the `name` beside `args` that counts",
+    )
     engine: EngineConfig
     admission: AdmissionConfig = AdmissionConfig()
     autoscaling: AutoscalingPolicyConfig = AutoscalingPolicyConfig()

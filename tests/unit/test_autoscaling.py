@@ -27,6 +27,7 @@ from phi4ray.serve.autoscaling import (
     ReplicaLoad,
     decide,
 )
+from phi4ray.serve.config import serve_config
 from phi4ray.serve.rate import Rate
 from phi4ray.serve.schedule import Window
 
@@ -496,22 +497,24 @@ def test_batch_work_is_asked_for_though_the_clock_is_set_back(
         return SimpleNamespace(future=lambda: answer)
 
     board = SimpleNamespace(open_shards=SimpleNamespace(remote=open_shards))
-    monkeypatch.setattr(autoscaling, "job_board", lambda _: board)
+    boards: list[str] = []
+    monkeypatch.setattr(autoscaling, "job_board", lambda name: boards.append(name) or board)
     monkeypatch.setattr(autoscaling, "STATS_S", 0.001)
-    shards = OpenShards("phi4", ENGINE, 1)
+    shards = OpenShards(ENGINE, 1)
     for clock_s in (2e9, 1e9):
         monkeypatch.setattr(time, "time", lambda now_s=clock_s: now_s)
-        shards.look()
+        shards.look("phi4")
         time.sleep(0.002)
     assert len(asked) == 2
+    assert boards == ["phi4"]
 
 
 def test_a_policy_that_fails_keeps_the_replicas_and_says_why_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An exception would end what Serve's controller does for all applications."""
-    scale = ScaleByTokens("phi4", policy().model_dump(mode="json"), ENGINE.model_dump(mode="json"))
-    monkeypatch.setattr(scale._open_shards, "look", lambda: 1 // 0)
+    scale = ScaleByTokens(policy().model_dump(mode="json"), ENGINE.model_dump(mode="json"))
+    monkeypatch.setattr(scale._open_shards, "look", lambda _: 1 // 0)
     context: Any = SimpleNamespace(
         aggregated_metrics={}, running_replicas=[], target_num_replicas=3, policy_state={"a": 1},
         total_num_requests=0, current_time=0.0, app_name="phi4",
@@ -520,3 +523,10 @@ def test_a_policy_that_fails_keeps_the_replicas_and_says_why_once(
     monkeypatch.setattr(autoscaling.logger, "exception", lambda *words: told.append(words))
     assert [scale(context) for _ in range(2)] == [(3, {"a": 1})] * 2
     assert len(told) == 1
+
+
+def test_two_applications_share_nothing_whatever_their_settings_name_them() -> None:
+    """Serve's name is known where it runs, and is the only one that is two applications' never."""
+    settings = {"engine": {"kind": "fake", "model": "m"}, "autoscaling": {"max_replicas": 2}}
+    a, b = (serve_config({**settings, "name": name}) for name in ("a", "b"))
+    assert autoscaling.autoscaling_config(a) == autoscaling.autoscaling_config(b)
