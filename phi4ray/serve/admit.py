@@ -80,7 +80,7 @@ class Admit:
         tokens = self._demand(size)
         waiting = _Waiting(receive)
         try:
-            with self._meter.request(state.request_id) as usage:
+            with self._meter.request(state.engine_request_id) as usage:
                 # Watching costs a task, which most requests need not pay for.
                 room = self.admission.has_room(tokens, size.sequences)
                 ended = False

@@ -35,6 +35,7 @@ class Observe:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
+        self._open: set[str] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection; see the ASGI specification."""
@@ -42,7 +43,13 @@ class Observe:
             await self.app(scope, receive, send)
             return
         began = time.perf_counter()
-        state = State(_request_id(scope), get_route_path(scope))
+        request_id = _request_id(scope)
+        state = State(request_id, get_route_path(scope))
+        if request_id in self._open:
+            # The engine's count goes by it: two at once must not be one.
+            state.engine_request_id = f"{request_id}-{uuid.uuid4().hex[:8]}"
+            _set_request_id(scope, state.engine_request_id)
+        self._open.add(state.engine_request_id)
         scope.setdefault("state", {})[KEY] = state
         first_byte_s = None
         streams = False
@@ -52,6 +59,8 @@ class Observe:
             nonlocal first_byte_s, streams
             if message["type"] == "http.response.start":
                 state.status = message["status"]
+                if state.engine_request_id != request_id:
+                    message = _named(message, request_id)
                 streams = _streams(message)
             elif first_byte_s is None and message.get("body"):
                 first_byte_s = time.perf_counter() - began
@@ -60,6 +69,7 @@ class Observe:
         try:
             await self.app(scope, receive, observed)
         finally:
+            self._open.discard(state.engine_request_id)
             if streams and state.status == 200 and first_byte_s is not None:
                 metrics.TTFT.observe(first_byte_s)
             self._tell(scope, state, first_byte_s, time.perf_counter() - began)
@@ -108,5 +118,19 @@ def _request_id(scope: Scope) -> str:
         if name == b"x-request-id":
             return str(value.decode("latin-1"))
     request_id = uuid.uuid4().hex
-    scope["headers"] = [*scope["headers"], (b"x-request-id", request_id.encode())]
+    _set_request_id(scope, request_id)
     return request_id
+
+
+def _set_request_id(scope: Scope, request_id: str) -> None:
+    others = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
+    scope["headers"] = [*others, (b"x-request-id", request_id.encode("latin-1"))]
+
+
+def _named(start: Message, request_id: str) -> Message:
+    """An answer that names its request, if it does, as its client did."""
+    headers = [
+        (name, request_id.encode("latin-1") if name.lower() == b"x-request-id" else value)
+        for name, value in start.get("headers", ())
+    ]
+    return {**start, "headers": headers}

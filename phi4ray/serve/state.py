@@ -28,6 +28,11 @@ class State:
     """The HTTP status, once it is sent."""
     usage: Usage | None = None
     """What the engine counted, once it is answered or given up."""
+    engine_request_id: str = ""
+    """What the engine is told instead, where a request that is not answered yet has that id."""
+
+    def __post_init__(self) -> None:
+        self.engine_request_id = self.engine_request_id or self.request_id
 
     @classmethod
     def of(cls, scope: Scope) -> "State":

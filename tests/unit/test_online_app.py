@@ -15,10 +15,12 @@ import httpx
 import pytest
 import uvicorn
 import yaml
+from starlette.types import Receive, Scope, Send
 
 from phi4ray.fake import FakeReplica
 from phi4ray.serve.app import OnlineApp
 from phi4ray.serve.config import serve_config
+from phi4ray.serve.observe import Observe
 from phi4ray.serve.tenants import digest
 from tests.waiting import until
 
@@ -427,3 +429,45 @@ def test_a_body_that_grows_too_large_is_cut_off_while_it_comes() -> None:
             connection.sendall(b"1f4\r\n" + b"x" * 500 + b"\r\n")
         assert connection.recv(64).startswith(b"HTTP/1.1 413")
         connection.close()
+
+
+def test_requests_at_once_under_one_id_are_told_apart_and_each_keeps_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app = online({"latency_s": 0.02})
+
+    async def scenario(client: httpx.AsyncClient) -> None:
+        async def ask(text: str) -> Any:
+            body = HELLO | {"messages": [{"role": "user", "content": text}]}
+            return await client.post(CHAT, json=body, headers={"x-request-id": "trace"})
+
+        for answer in await asyncio.gather(ask("hi"), ask("hello " * 100)):
+            assert answer.status_code == 200
+
+    with caplog.at_level(logging.INFO, "phi4ray.access"):
+        asked(app, scenario)
+    lines = [json.loads(record.getMessage()) for record in caplog.records]
+    assert [line["request_id"] for line in lines] == ["trace"] * 2
+    assert sorted(line["prompt_tokens"] for line in lines) == [1, 150]
+
+
+def test_an_answer_names_its_request_as_the_client_did() -> None:
+    """vLLM names it as it was told, with `enable_request_id_headers`."""
+    both = asyncio.Barrier(2)
+    seen: list[bytes] = []
+
+    async def app(scope: Scope, _receive: Receive, send: Send) -> None:
+        name = dict(scope["headers"])[b"x-request-id"]
+        seen.append(name)
+        await both.wait()
+        headers = [(b"X-Request-Id", name)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def scenario(client: httpx.AsyncClient) -> list[str]:
+        asked = (client.get("/", headers={"x-request-id": "trace"}) for _ in range(2))
+        return [answer.headers["x-request-id"] for answer in await asyncio.gather(*asked)]
+
+    observed: Any = Observe(app)
+    assert asked(observed, scenario) == ["trace"] * 2
+    assert len(set(seen)) == 2
