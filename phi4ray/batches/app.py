@@ -90,7 +90,8 @@ async def _told(_: Request, error: Exception) -> Response:
         case StorageError():
             return _error(503, "store_failed", f"the object store failed: {error}", None)
         case HTTPException():
-            return _error(error.status_code, "not_found", error.detail, None)
+            code = "method_not_allowed" if error.status_code == 405 else "not_found"
+            return _error(error.status_code, code, error.detail, None)
     return Response(status_code=499)  # the client is gone: only the log reads it
 
 

@@ -1,6 +1,6 @@
 """The online door of a replica: vLLM's application with what a service needs around it.
 
-    HTTP → Observe (ids, log, metrics) → Gate (keys, limits) → BatchApi (files, batches)
+    HTTP → CORS → Observe (ids, log, metrics) → Gate (keys, limits) → BatchApi (files, batches)
          → Admit (KV tokens) → Alive → Awake → vLLM
 
 Each layer is plain ASGI: vLLM's answers, streams included, pass through untouched.
@@ -8,7 +8,9 @@ Each layer is plain ASGI: vLLM's answers, streams included, pass through untouch
 
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phi4ray.batches.app import BatchApi
@@ -24,6 +26,14 @@ from phi4ray.serve.observe import Observe
 from phi4ray.serve.responses import send_error
 from phi4ray.serve.sleep import Awake, AwakeReplica, Sleeper
 from phi4ray.serve.state import State
+
+EXPOSED = (
+    "retry-after",
+    "x-request-id",
+    *(f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset")
+      for of in ("requests", "tokens")),
+)  # fmt: skip
+"""Headers of answers that pages may read."""
 
 
 class OnlineApp:
@@ -68,11 +78,23 @@ class OnlineApp:
         self.gate = Gate(
             api, config.gate, admit.demand, batches.max_file_bytes if batches is not None else 0
         )
-        self._app: ASGIApp = Observe(self.gate)
+        self._app: ASGIApp = _told_to_pages(Observe(self.gate), replica.app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection; see the ASGI specification."""
         await self._app(scope, receive, send)
+
+
+def _told_to_pages(app: ASGIApp, engine: Any) -> ASGIApp:
+    """Have what stands before vLLM's application told to the browser's pages that vLLM lets ask.
+
+    A page sees no answer, a refusal neither, that is not allowed so. vLLM's own layer for it adds
+    nothing to this one.
+    """
+    for layer in getattr(engine, "user_middleware", ()):
+        if layer.cls is CORSMiddleware:
+            return CORSMiddleware(app, **{**layer.kwargs, "expose_headers": EXPOSED})
+    return app
 
 
 class Alive:

@@ -106,7 +106,8 @@ def test_what_is_refused_and_how(tmp_path: Any) -> None:
              "missing_required_parameter", "input_file_id"),
             (lambda: client.post("/batches", cast_to=object, body=[]), 400, "invalid_json", None),
             (lambda: client.post("/files", cast_to=object, body={}), 400, "invalid_form", None),
-            (lambda: client.put("/files", cast_to=object, body={}), 405, "not_found", None),
+            (lambda: client.put("/files", cast_to=object, body={}), 405, "method_not_allowed",
+             None),
         ]  # fmt: skip
         for refused, status, code, param in refusals:
             with pytest.raises(openai.APIStatusError) as told:

@@ -15,6 +15,7 @@ import httpx
 import pytest
 import uvicorn
 import yaml
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from phi4ray.fake import FakeReplica
@@ -471,3 +472,31 @@ def test_an_answer_names_its_request_as_the_client_did() -> None:
     observed: Any = Observe(app)
     assert asked(observed, scenario) == ["trace"] * 2
     assert len(set(seen)) == 2
+
+
+PAGE = "https://page.example"
+
+
+def test_a_page_is_told_what_stands_before_the_engine_as_well(tmp_path: Path) -> None:
+    config = serve_config({
+        "engine": {"kind": "fake", "model": "m"},
+        "batches": {"store": str(tmp_path / "store")},
+        **with_keys(tmp_path, requests_per_minute=1),
+    })  # fmt: skip
+    replica = FakeReplica(config.engine)
+    replica.app.add_middleware(CORSMiddleware, allow_origins=[PAGE], allow_headers=["*"])
+
+    async def scenario(client: httpx.AsyncClient) -> None:
+        for path in ("/v1/files", CHAT):
+            ask = {"access-control-request-method": "GET", "access-control-request-headers": "x-a"}
+            told = await client.options(path, headers={"origin": PAGE, **ask})
+            assert (told.status_code, told.headers["access-control-allow-origin"]) == (200, PAGE)
+        for headers, status in (({}, 401), (KEY, 200), (KEY, 429)):
+            answer = await client.post(CHAT, json=HELLO, headers={"origin": PAGE, **headers})
+            assert answer.status_code == status
+            assert answer.headers.get_list("access-control-allow-origin") == [PAGE]
+            assert "retry-after" in answer.headers["access-control-expose-headers"]
+        other = await client.post(CHAT, json=HELLO, headers={"origin": "https://other.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+    asked(OnlineApp(replica, config), scenario)
