@@ -9,7 +9,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from threading import Lock
 from typing import Any
 
 import pyarrow as pa
@@ -64,7 +63,8 @@ class Reader:
     """Reads slices; keeps files open, because slices of one file mostly come in their order.
 
     Going on from where the last slice ended is what makes compressed files, and slices that cut
-    a large row group, cost one pass and not one pass a slice. One thread reads at a time.
+    a large row group, cost one pass and not one pass a slice. Only one thread at a time may read a
+    file, see `phi4ray.batch.reads`.
     """
 
     def __init__(
@@ -74,7 +74,6 @@ class Reader:
         self._max_row_bytes = max_row_bytes
         self._carried = carried
         self._open: OrderedDict[int, _Cursor] = OrderedDict()
-        self._lock = Lock()
 
     def read(self, piece: Slice) -> Records:
         """Read one slice.
@@ -84,21 +83,20 @@ class Reader:
             InputError: the file is broken.
         """
         item = self._inputs[piece.file]
-        with self._lock:
-            try:
-                if is_parquet(item.uri):
-                    records = self._parquet(item, piece)
-                else:
-                    records = self._jsonl(item, piece)
-            except PreconditionError as error:
-                raise InputChangedError(
-                    f"{item.uri} changed after it was planned: start a job with a new --output"
-                ) from error
-            except ObjectNotFoundError as error:
-                raise InputChangedError(
-                    f"{item.uri} was removed after it was planned: restore it, or start a job "
-                    "with a new --output"
-                ) from error
+        try:
+            if is_parquet(item.uri):
+                records = self._parquet(item, piece)
+            else:
+                records = self._jsonl(item, piece)
+        except PreconditionError as error:
+            raise InputChangedError(
+                f"{item.uri} changed after it was planned: start a job with a new --output"
+            ) from error
+        except ObjectNotFoundError as error:
+            raise InputChangedError(
+                f"{item.uri} was removed after it was planned: restore it, or start a job "
+                "with a new --output"
+            ) from error
         if len(records.rows) != piece.rows:
             raise InputError(
                 f"{item.uri} ends after row {piece.row_start + len(records.rows)}, "

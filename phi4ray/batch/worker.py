@@ -5,8 +5,9 @@ Several shards run at once in one worker, see `phi4ray.batch.answers`.
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import pyarrow as pa
 import tenacity
@@ -25,7 +26,8 @@ from phi4ray.batch.parts import (
     results_of,
     write_part,
 )
-from phi4ray.batch.plan import Plan, Shard
+from phi4ray.batch.plan import Plan, Shard, Slice
+from phi4ray.batch.reads import Reads
 from phi4ray.batch.rows import BrokenRow, Defaults, Request, record_id, to_request
 from phi4ray.config import BatchConfig
 from phi4ray.errors import ObjectNotFoundError, TransientStorageError
@@ -38,6 +40,10 @@ storage_retry = tenacity.retry(
     reraise=True,
 )
 """Rides out an outage of the store: a shard's answers are worth ten minutes of waiting."""
+
+
+Rows = tuple[list[Result], list[Request | None], pa.Table]
+"""Rows without answers, what to ask for each that is no error, and what is carried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,7 @@ class ShardWorker:
         self._reader = Reader(
             plan.inputs, decode_schema(plan.carried), int(config.max_row_mib * (1 << 20))
         )
+        self._reads = Reads(plan.inputs, storage_retry(self._read))
         self._answers = Answers(config, replica)
 
     def stop(self, error: RowError) -> None:
@@ -97,20 +104,21 @@ class ShardWorker:
         shard = self._plan.shards[index]
         if self._config.retry_errors:
             return await self._rerun_errors(shard)
-        try:
-            return await asyncio.to_thread(
-                storage_retry(read_receipt), self._config.output, self._plan, index
-            )
-        except ObjectNotFoundError:
-            pass
-        began = time.monotonic()
-        results, requests, carried = await asyncio.to_thread(storage_retry(self._read), shard)
+        with self._reads.queued(shard.slices) as read:
+            try:
+                return await asyncio.to_thread(
+                    storage_retry(read_receipt), self._config.output, self._plan, index
+                )
+            except ObjectNotFoundError:
+                pass
+            began = time.monotonic()
+            results, requests, carried = _joined(await read())
         await self._answers.answer(index, results, requests)
         return await self._write(shard, results, carried, began, replacing=False)
 
     async def _rerun_errors(self, shard: Shard) -> Receipt:
         began = time.monotonic()
-        failed, new, requests = await asyncio.to_thread(storage_retry(self._read_failed), shard)
+        failed, new, requests = await self._read_failed(shard)
         if not failed:  # a task that is run again, after its part was written
             return await asyncio.to_thread(
                 storage_retry(read_receipt), self._config.output, self._plan, shard.index
@@ -126,44 +134,48 @@ class ShardWorker:
         carried = table.drop_columns(COLUMNS.names)
         return await self._write(shard, rows, carried, began, replacing=True)
 
-    def _read_failed(self, shard: Shard) -> tuple[list[int], list[Result], list[Request | None]]:
+    async def _read_failed(
+        self, shard: Shard
+    ) -> tuple[list[int], list[Result], list[Request | None]]:
         """The places of its failed rows, these without answers, and what to ask for each.
 
         Many shards are rerun at once: what is kept of each meanwhile is only this.
         """
-        table = read_part(self._config.output, self._plan, shard.index)
-        failed = [at for at, row in enumerate(results_of(table)) if row.error_code is not None]
-        if not failed:
-            return [], [], []
-        rows, requests, _ = self._read(shard)
+
+        @storage_retry
+        def failed_rows() -> list[int]:
+            table = read_part(self._config.output, self._plan, shard.index)
+            return [at for at, row in enumerate(results_of(table)) if row.error_code is not None]
+
+        with self._reads.queued(shard.slices) as read:
+            failed = await asyncio.to_thread(failed_rows)
+            if not failed:
+                return [], [], []
+            rows, requests, _ = _joined(await read())
         return failed, [rows[at] for at in failed], [requests[at] for at in failed]
 
-    def _read(self, shard: Shard) -> tuple[list[Result], list[Request | None], pa.Table]:
-        """Its rows without answers, what to ask for each that is no error, and what is carried."""
+    def _read(self, piece: Slice) -> Rows:
         results: list[Result] = []
         requests: list[Request | None] = []
-        tables = []
-        for piece in shard.slices:
-            uri = self._plan.inputs[piece.file].uri
-            records = self._reader.read(piece)
-            tables.append(records.carried)
-            for number, record in enumerate(records.rows, piece.row_start):
-                name = f"{uri}#{number}"
-                request: Request | RowError
-                if isinstance(record, RowError):
-                    row_id = record.id if isinstance(record, BrokenRow) else None
-                    request = record
-                else:
-                    row_id, request = record_id(record), to_request(record, self._defaults)
-                result = Result(row_id or name, uri, number)
-                if isinstance(request, RowError):
-                    error = RowError(request.code, f"{name}: {request.message}")
-                    results.append(result.failed(error))
-                    requests.append(None)
-                else:
-                    results.append(result)
-                    requests.append(request)
-        return results, requests, pa.concat_tables(tables)
+        uri = self._plan.inputs[piece.file].uri
+        records = self._reader.read(piece)
+        for number, record in enumerate(records.rows, piece.row_start):
+            name = f"{uri}#{number}"
+            request: Request | RowError
+            if isinstance(record, RowError):
+                row_id = record.id if isinstance(record, BrokenRow) else None
+                request = record
+            else:
+                row_id, request = record_id(record), to_request(record, self._defaults)
+            result = Result(row_id or name, uri, number)
+            if isinstance(request, RowError):
+                error = RowError(request.code, f"{name}: {request.message}")
+                results.append(result.failed(error))
+                requests.append(None)
+            else:
+                results.append(result)
+                requests.append(request)
+        return results, requests, records.carried
 
     async def _write(
         self,
@@ -187,3 +199,8 @@ class ShardWorker:
         written = await asyncio.to_thread(write)
         del self._answers.open[shard.index]
         return written
+
+
+def _joined(slices: Sequence[Rows]) -> Rows:
+    results, requests, carried = zip(*slices, strict=True)
+    return list(chain(*results)), list(chain(*requests)), pa.concat_tables(carried)

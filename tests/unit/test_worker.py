@@ -1,19 +1,21 @@
 """A worker: each row asked until it is answered or cannot be, each shard written once and whole."""
 
 import asyncio
+import gzip
 import json
 import time
 import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from phi4ray.batch import answers as answers_module
+from phi4ray.batch import lines as lines_module
 from phi4ray.batch import parts as parts_module
 from phi4ray.batch.answers import Done
 from phi4ray.batch.executor import InProcessExecutor
@@ -309,6 +311,25 @@ def test_no_more_rows_are_with_the_engine_than_it_has_room_for(tmp_path: Path) -
     engine.config = config.engine.model_copy(update={"max_num_seqs": 4})
     run(config, plan, engine)
     assert most == 5  # a quarter more, so that its queue never runs dry
+
+
+def test_shards_of_a_compressed_file_that_begin_at_once_cost_one_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "in" / "a.jsonl.gz"
+    path.parent.mkdir()
+    path.write_bytes(gzip.compress(b'{"prompt": "x"}\n' * 3000))
+    config, plan = planned(tmp_path, shard_rows=200)
+    opened: list[str] = []
+
+    class Counting(LocalStorage):
+        def open(self, uri: str, *, etag: str | None = None) -> BinaryIO:
+            opened.append(uri)
+            return super().open(uri, etag=etag)
+
+    monkeypatch.setattr(lines_module, "storage_for", lambda uri: Counting())
+    run(config, plan, Engine(), *reversed(range(15)))
+    assert opened == [str(path)]
 
 
 def test_a_shard_that_is_done_is_not_asked_again(tmp_path: Path) -> None:
