@@ -1,7 +1,7 @@
 """What workers tell the driver and each other while they work, and the one word for them: stop.
 
 A small actor on the driver's node. Nothing depends on it for correctness: a board that was lost
-and restarted has forgotten only what progress shows, how often engines died, and who took what.
+and restarted has forgotten only what progress shows, how often workers died, and who took what.
 """
 
 import time
@@ -24,7 +24,12 @@ SETTLE_S = 3.0
 """So long after its start a board may not have heard of all who knew its predecessor."""
 
 MAX_FRUITLESS = 3
-"""Starts, and deaths of engines, that bring no finished shard, before a worker may not go on."""
+"""Lives of a worker in a row in which no row was answered, before it may not start again."""
+
+MAX_UNFINISHED = 10
+"""Lives of a worker in a row that finished no shard, though rows were answered: these are lost with
+it. Where nodes go now and then shards of an hour are finished between; where its memory does not
+suffice they never are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,19 @@ class Idle:
     node_id: str
     error: Phi4rayError
     shards: frozenset[int] = frozenset()
+
+
+@dataclass(slots=True)
+class _Lives:
+    """Those of one worker since its last finished shard; `fruitless` since its last answered row.
+
+    `told`: how the latest one ended is known, and people have been told.
+    """
+
+    node: str
+    begun: int = 0
+    fruitless: int = 0
+    told: bool = False
 
 
 class Board:
@@ -51,24 +69,35 @@ class Board:
         self._starting: set[str] = set()
         self._idle: dict[str, Idle] = {}
         self._taken: dict[int, str] = {}
-        self._fruitless_starts: dict[str, int] = {}
+        self._lives: dict[str, _Lives] = {}
         self._fruitless_deaths = 0
         self._news: list[str] = []
         self._failure: Phi4rayError | None = None
 
-    def starting(self, worker: str) -> bool:
-        """Ask whether a worker may start its engine: False after too many starts for nothing."""
+    def starting(self, worker: str, node: str = "its node") -> bool:
+        """Ask whether a worker may start its engine on a node: False after too many for nothing.
+
+        Only a finished shard makes up for lives that ended: an engine that came up has done
+        nothing yet, and its process may be killed at its first rows each time.
+        """
         self._starting.add(worker)
         self._idle.pop(worker, None)
         # What it had taken over is lost with the process that it was.
         self._taken = {shard: by for shard, by in self._taken.items() if by != worker}
-        starts = self._fruitless_starts[worker] = self._fruitless_starts.get(worker, 0) + 1
-        return starts <= MAX_FRUITLESS
+        if (lives := self._lives.get(worker)) is None:
+            lives = self._lives[worker] = _Lives(node)
+        elif not lives.told:
+            lost = f"a worker's process on {lives.node} ended without a word: "
+            why = "killed for want of memory?" if node == lives.node else "its node is gone?"
+            self._news.append(f"{lost}{why} Ray starts another on {node}")
+        lives.node, lives.told = node, False
+        lives.begun += 1
+        lives.fruitless += 1
+        return lives.fruitless <= MAX_FRUITLESS and lives.begun <= MAX_UNFINISHED
 
     def started(self, worker: str) -> None:
         """Note that an engine came up."""
         self._starting.discard(worker)
-        self._fruitless_starts[worker] = 0
         self._stats[worker] = time.monotonic(), WorkerStats()
 
     def idles(self, worker: str, idle: Idle) -> bool:
@@ -96,9 +125,15 @@ class Board:
         return self._idle if self._others() else {}
 
     def engine_died(self, worker: str, why: str) -> bool:
-        """Ask whether a worker may be replaced: False after too many deaths in a row."""
+        """Ask whether a worker may be replaced: False after too many deaths in a row.
+
+        Those are of all workers together. Of one whose engine dies while others finish shards,
+        `starting` counts the lives.
+        """
         self._fruitless_deaths += 1
-        may = self._fruitless_deaths <= MAX_FRUITLESS * max(1, len(self.stats()))
+        may = self._fruitless_deaths < MAX_FRUITLESS * max(1, len(self.stats()))
+        if worker in self._lives:
+            self._lives[worker].told = True
         if may:
             self._starting.add(worker)
             self._news.append(f"{why}; Ray starts another")
@@ -115,6 +150,8 @@ class Board:
         Engines that die now and then are no reason to give up.
         """
         self._fruitless_deaths = 0
+        if (lives := self._lives.get(worker)) is not None:
+            lives.begun = lives.fruitless = 0
         shards = (shard for idle in self._idle.values() for shard in idle.shards)
         left = min((shard for shard in shards if shard not in self._taken), default=None)
         if left is not None:
@@ -132,6 +169,9 @@ class Board:
     def report(self, worker: str, stats: WorkerStats) -> bool:
         """Take a worker's stats; returns whether it shall go on."""
         self._stats[worker] = time.monotonic(), stats
+        done = stats.open_shards.values()
+        if worker in self._lives and any(one.rows > sum(one.errors.values()) for one in done):
+            self._lives[worker].fruitless = 0
         return not self._stopping
 
     def stats(self) -> dict[str, WorkerStats]:

@@ -94,10 +94,12 @@ class ShardCalls:
         self._run(telling)
 
     async def _start(self, config: BatchConfig, plan: Plan) -> ShardWorker:
-        if not await self._board.starting.remote(self._name):
+        if not await self._board.starting.remote(self._name, here()):
             raise EngineStartError(
-                "the engine's process died at every start: look at its node's memory and at the "
-                "worker logs of this actor in the Ray dashboard"
+                "the worker's process, or its engine, died again and again and finished no shard: "
+                "look at the memory of its node (processes that want more are killed without a "
+                "word) and at the worker logs of this actor in the Ray dashboard. Smaller "
+                "shard_rows or shards_in_flight take less memory"
             )
         self._replica = replica = make_replica(config.engine)
         export_metrics(ray.util.get_node_ip_address())
@@ -164,7 +166,7 @@ class ShardCalls:
             await asyncio.sleep(REPORT_S)
 
     async def _idle(self, error: Phi4rayError) -> None:
-        node = f"{platform.node()} ({ray.util.get_node_ip_address()})"
+        node = here()
         node_id = ray.get_runtime_context().get_node_id()
         while True:
             with contextlib.suppress(ray.exceptions.RayActorError):  # the board is restarted
@@ -179,6 +181,11 @@ class ShardCalls:
         self._stopped = True  # Ray may have many more shards for this actor
         for future in list(self._running):
             future.cancel()
+
+
+def here() -> str:
+    """This node, as people are told of it."""
+    return f"{platform.node()} ({ray.util.get_node_ip_address()})"
 
 
 def receipts_of(batch: Mapping[str, Any]) -> list[Receipt]:

@@ -3,7 +3,8 @@
 import pytest
 
 from cluster import board as board_module
-from cluster.board import LOST_S, MAX_FRUITLESS, SETTLE_S, Board, Idle
+from cluster.board import LOST_S, MAX_FRUITLESS, MAX_UNFINISHED, SETTLE_S, Board, Idle
+from phi4ray.batch.answers import Done
 from phi4ray.batch.worker import WorkerStats
 from phi4ray.errors import EngineStartError
 
@@ -125,3 +126,77 @@ def test_a_process_that_dies_at_every_start_is_not_started_for_ever(clock: Clock
     assert [board.starting("a") for _ in range(MAX_FRUITLESS + 1)] == [True] * MAX_FRUITLESS + [
         False
     ]
+
+
+def lives(board: Board, done: Done | None = None, most: int = 50) -> int:
+    """How often a worker may start that is killed each time once its engine is up."""
+    for count in range(most):
+        if not board.starting("a", "node"):
+            return count
+        board.started("a")
+        board.report("a", WorkerStats(open_shards={} if done is None else {0: done}))
+    return most
+
+
+def test_a_process_that_is_killed_at_its_first_rows_is_not_started_for_ever(clock: Clock) -> None:
+    assert lives(new(clock)) == MAX_FRUITLESS
+    # Rows that are errors before they reach the engine show nothing of it.
+    assert lives(new(clock), Done(rows=2, errors={"invalid_json": 2})) == MAX_FRUITLESS
+
+
+def test_a_life_that_answered_rows_counts_less_and_not_for_nothing(clock: Clock) -> None:
+    assert MAX_FRUITLESS < MAX_UNFINISHED
+    assert lives(new(clock), Done(rows=1)) == MAX_UNFINISHED
+
+
+def test_a_finished_shard_makes_up_for_all_lives_before_it(clock: Clock) -> None:
+    board = new(clock)
+    for _ in range(50):
+        assert board.starting("a")
+        board.started("a")
+        board.shard_finished("a")
+
+
+def test_an_engine_that_dies_on_one_node_while_others_work_is_not_started_for_ever(
+    clock: Clock,
+) -> None:
+    board = new(clock, expected=2)
+    board.starting("b")
+    board.started("b")
+    for _ in range(MAX_FRUITLESS):
+        assert board.starting("a")
+        board.started("a")
+        assert board.engine_died("a", "the engine died")
+        board.shard_finished("b")
+    assert not board.starting("a")
+    board.idles("a", idle(4))  # and others have its shards
+    assert board.shard_finished("b") == 4
+
+
+def test_the_only_engine_dies_as_often_as_a_worker_may_live_and_says_itself_why(
+    clock: Clock,
+) -> None:
+    board = new(clock)
+    died = []
+    for _ in range(MAX_FRUITLESS):
+        assert board.starting("a")
+        board.started("a")
+        died.append(board.engine_died("a", "the engine died"))
+    assert died == [True] * (MAX_FRUITLESS - 1) + [False]
+
+
+def test_each_restart_is_told(clock: Clock) -> None:
+    board = new(clock)
+    board.starting("a", "one")
+    assert board.news() == []
+    board.starting("a", "one")
+    (killed,) = board.news()
+    assert "a worker's process on one ended" in killed
+    assert "memory" in killed
+    board.starting("a", "two")
+    (moved,) = board.news()
+    assert "its node is gone" in moved
+    assert moved.endswith("on two")
+    board.engine_died("a", "it died")
+    board.starting("a", "two")
+    assert board.news() == ["it died; Ray starts another"]
