@@ -17,10 +17,11 @@ from cluster.board import Idle
 from cluster.environment import set_defaults
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import Plan
+from phi4ray.batch.planning import check_shared
 from phi4ray.batch.worker import ShardWorker
 from phi4ray.config import BatchConfig
 from phi4ray.engines import make_replica
-from phi4ray.errors import EngineDeadError, EngineStartError, Phi4rayError
+from phi4ray.errors import ConfigError, EngineDeadError, EngineStartError, Phi4rayError
 from phi4ray.exporter import export_metrics
 from phi4ray.protocol import Replica
 
@@ -64,7 +65,8 @@ class ShardCalls:
     A worker whose engine cannot start leaves its shards to the others, and waits with them until
     the job ends. Ray would replace one that went, most likely on the same node, and hand all
     shards to one that returned; and it gives a shard to one worker only, through all its restarts.
-    Where no other has an engine either, the calls raise why.
+    Where no other has an engine either, the calls raise why. So they do at once where the job's
+    output is not to be seen from here.
     """
 
     def __init__(
@@ -84,8 +86,18 @@ class ShardCalls:
         self._dying = threading.Lock()
         self._loop = uvloop.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="phi4ray", daemon=True).start()
+        self._wrong_output: ConfigError | None = None
+        job = ray.get(plan)
         try:
-            self._worker = worker = self._wait(self._start(config, ray.get(plan)))
+            check_shared(config, job, here())
+        except ConfigError as error:
+            # Not one node's bad luck, as an engine's is: every other node than the driver's has it,
+            # and a job that goes on without them costs as much and takes many times as long. It is
+            # known before the first engine is up, and the next run keeps what is done.
+            self._wrong_output = error
+            return
+        try:
+            self._worker = worker = self._wait(self._start(config, job))
         except Phi4rayError as error:
             self._failure = error
             telling = self._idle(error)
@@ -116,6 +128,8 @@ class ShardCalls:
             return {"receipt": [NOTHING]}
         shards, receipts = deque(map(int, batch["item"])), []
         try:
+            if self._wrong_output is not None:
+                raise self._wrong_output
             if self._worker is None:
                 self._wait(self._leave(shards))
                 raise self._failure

@@ -36,6 +36,14 @@ class Broken(ShardCalls):
         return await super()._start(config, plan)
 
 
+class Elsewhere(ShardCalls):
+    """A worker on a node with a disk of its own."""
+
+    def __init__(self, config: BatchConfig, **others: Any) -> None:
+        elsewhere = str(Path(config.output).parent / "elsewhere")
+        super().__init__(config.model_copy(update={"output": elsewhere}), **others)
+
+
 class Breaking(ShardCalls):
     """The first worker to have a shard loses its engine with it, and has none after that."""
 

@@ -64,6 +64,29 @@ def obtain_plan(config: BatchConfig, executor: Executor, *, dry_run: bool = Fals
     return plan
 
 
+def check_shared(config: BatchConfig, plan: Plan, node: str) -> None:
+    """Refuse an output folder that is another one on this node than where the plan was written.
+
+    Its parts would be found by nobody. An object store is one for all nodes.
+
+    Raises:
+        ConfigError: says what to do.
+    """
+    uri = join(config.output, PLAN_NAME)
+    if uri.startswith("s3://"):
+        return
+    try:
+        found = read_plan(storage_for(uri).read(uri), uri).plan_id
+    except ObjectNotFoundError:
+        found = None
+    if found != plan.plan_id:
+        raise ConfigError(
+            f"on node {node} {uri} is not this job's: its output is a folder that this node does "
+            "not share with the machine that started the job. Use an --output on s3://, or on a "
+            "file system that all nodes mount at one path"
+        )
+
+
 def list_inputs(config: BatchConfig) -> list[Input]:
     """The input objects, in order. What an earlier run of the job wrote is none of them.
 

@@ -13,9 +13,18 @@ from rich.console import Console
 from cluster.local import connected
 from cluster.worker import RayShardWorker
 from phi4ray.batch.run import run_batch
-from phi4ray.errors import EngineStartError
+from phi4ray.errors import ConfigError, EngineStartError
 from phi4ray.fake import fake_text
-from tests.broken_workers import REASON, Breaking, BreakingLast, Broken, Counting, Several, Stopped
+from tests.broken_workers import (
+    REASON,
+    Breaking,
+    BreakingLast,
+    Broken,
+    Counting,
+    Elsewhere,
+    Several,
+    Stopped,
+)
 from tests.small_jobs import answers, job, prompts, write_lines
 from tests.waiting import until
 
@@ -58,6 +67,17 @@ def test_a_job_that_no_replica_can_start_for_ends_with_the_cause(tmp_path: Path)
     console = Console(file=io.StringIO())
     with pytest.raises(EngineStartError, match=REASON):
         run_batch(config, Several(Broken, console), console)
+
+
+def test_a_node_that_does_not_share_the_output_ends_the_job_before_its_engine_starts(
+    tmp_path: Path,
+) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(ROWS))
+    config = job(tmp_path, engine={"num_cpus": 0.1, "engine_args": {"start_s": 200.0}})
+    console = Console(file=io.StringIO())
+    with pytest.raises(ConfigError, match=rf"on node {os.uname().nodename} .*s3://"):
+        run_batch(config, Several(Elsewhere, console), console)
+    assert not (tmp_path / "elsewhere").exists()
 
 
 @pytest.mark.parametrize(

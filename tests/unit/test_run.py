@@ -24,7 +24,7 @@ from phi4ray.batch.executor import FILLS, MAX_IN_FLIGHT, InProcessExecutor
 from phi4ray.batch.manifest import Manifest
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import Plan
-from phi4ray.batch.planning import list_inputs, obtain_plan
+from phi4ray.batch.planning import check_shared, list_inputs, obtain_plan
 from phi4ray.batch.run import longest_first, run_batch
 from phi4ray.config import BatchConfig, Endpoint, EngineConfig
 from phi4ray.engines import make_replica
@@ -608,6 +608,20 @@ def test_openai_files_have_openais_lines(tmp_path: Path) -> None:
     assert failed[1]["error"]["code"] == "invalid_json"
     ids = [line["id"] for line in [*done, *failed]]
     assert len(set(ids)) == len(ids)
+
+
+def test_an_output_folder_that_is_another_one_on_a_node_is_refused(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(2))
+    config = job(tmp_path)
+    plan = obtain_plan(config, InProcessExecutor())
+    check_shared(config, plan, "here")
+    here = config.model_copy(update={"output": str(tmp_path / "other")})
+    with pytest.raises(ConfigError, match=r"on node there .*s3://"):
+        check_shared(here, plan, "there")
+    obtain_plan(job(tmp_path, output=here.output, limit=1), InProcessExecutor())
+    with pytest.raises(ConfigError, match="not this job's"):  # one of another job is no better
+        check_shared(here, plan, "there")
+    check_shared(config.model_copy(update={"output": "s3://all/see"}), plan, "there")
 
 
 @pytest.mark.parametrize("files", [3, 60])
