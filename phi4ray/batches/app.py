@@ -100,4 +100,6 @@ def _error(status: int, code: str, message: str, param: str | None) -> Response:
     told = error_body(code, message, kind)["error"]
     # What a client sent, and is quoted here, need not be UTF-8: its escapes are ASCII.
     body = json.dumps({"error": {**told, "param": param}})
-    return Response(body, status, media_type="application/json")
+    # OpenAI's clients try again otherwise, as after a 503: 500 is what may have been done already.
+    headers = {"x-should-retry": "false"} if status == 500 else None
+    return Response(body, status, headers, media_type="application/json")

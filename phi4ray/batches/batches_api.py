@@ -1,12 +1,20 @@
 """`/v1/batches`: what is asked for goes into the store, and what the runner wrote is shown."""
 
+from functools import partial
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from phi4ray.batches.config import window_s
 from phi4ray.batches.door import Door, after, owner_of_request, page
 from phi4ray.batches.params import ApiError, CreateBatch, ListBatches, parsed
-from phi4ray.batches.records import BATCH_ID, BatchRequest, new_batch_id, shown_batch
+from phi4ray.batches.records import (
+    BATCH_ID,
+    BatchRequest,
+    BatchState,
+    new_batch_id,
+    shown_batch,
+)
 from phi4ray.batches.store import Key
 from phi4ray.protocol import Json
 from phi4ray.serve.state import State
@@ -46,8 +54,9 @@ class BatchesApi:
             metadata=asked.metadata,
             output_expires_after_s=expires_after.seconds if expires_after else None,
         )
-        await self._door.thread(self._store.create_batch, owner, batch)
-        return await self._answer(Key(owner, batch.id))
+        await self._door.once("batch", partial(self._store.create_batch, owner, batch))
+        # Not read again: where that failed, the client would try again, and have two batches.
+        return JSONResponse(shown_batch(batch, BatchState(), None, self._model))
 
     async def list(self, request: Request) -> Response:
         """`GET /v1/batches`: newest first."""
@@ -59,7 +68,7 @@ class BatchesApi:
 
     async def get(self, request: Request) -> Response:
         """`GET /v1/batches/{id}`."""
-        return await self._answer(_key(request))
+        return JSONResponse(await self._found(_key(request)))
 
     async def cancel(self, request: Request) -> Response:
         """`POST /v1/batches/{id}/cancel`: rows that are answered stay."""
@@ -74,9 +83,6 @@ class BatchesApi:
             message = f"Cannot cancel a batch with status '{batch['status']}'."
             raise ApiError(400, "invalid_status", message)
         return JSONResponse(batch)
-
-    async def _answer(self, key: Key) -> Response:
-        return JSONResponse(await self._found(key))
 
     async def _found(self, key: Key) -> Json:
         found = await self._door.thread(self._shown, key.owner, key.id)

@@ -14,6 +14,7 @@ from phi4ray.batches.config import BatchesConfig
 from phi4ray.batches.params import ApiError
 from phi4ray.batches.records import FILE_ID, FileRecord
 from phi4ray.batches.store import Store, owner_of
+from phi4ray.errors import TransientStorageError
 from phi4ray.protocol import Json
 from phi4ray.serve.state import State
 
@@ -38,6 +39,21 @@ class Door:
         """The result of a call that blocks."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, partial(function, *args, **kwargs))
+
+    async def once(self, what: str, write: Callable[[], None]) -> None:
+        """Have a write done that makes another object each time that a client repeats it.
+
+        Raises:
+            ApiError: the store did not say whether it was; for no client to repeat by itself.
+        """
+        try:
+            await self.thread(write)
+        except TransientStorageError as error:
+            message = (
+                f"The object store did not say whether the {what} was taken: look for it in the "
+                f"list of {what}s before you send it again. {error}"
+            )
+            raise ApiError(500, "outcome_unknown", message) from error
 
     async def gather(
         self, function: Callable[[str, str], T], owner: str, ids: Iterable[str]

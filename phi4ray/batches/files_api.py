@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import sys
 from collections.abc import AsyncIterator
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -48,7 +49,7 @@ class FilesApi:
             expires_at=None if life_s is None else int(now_s + life_s),
             pieces=(Piece(name=name, size=size),),
         )
-        await self._door.thread(self._store.write_file, owner, record)
+        await self._door.once("file", partial(self._store.write_file, owner, record))
         return JSONResponse(record.shown())
 
     async def _take(self, request: Request, form: UploadForm, writer: Writer) -> int:

@@ -15,6 +15,7 @@ import pytest
 
 from jobs.serve import configuration, parser
 from phi4ray.batches.store import Store
+from phi4ray.errors import TransientStorageError
 from phi4ray.storage.local import LocalStorage
 from tests.batch_service import (
     CHAT,
@@ -119,6 +120,37 @@ def test_what_is_refused_and_how(tmp_path: Any) -> None:
         assert [one.id for one in client.files.list()] == [good]
         store = Store(str(tmp_path))
         assert len(store.contents()) == 1
+
+
+@pytest.mark.parametrize("failing", ["_read", "_write"])
+def test_no_client_makes_two_batches_or_files_of_one(
+    tmp_path: Any, monkeypatch: Any, failing: str
+) -> None:
+    """Whatever fails after the write, or in it: a client that repeats is not asked to."""
+    done = getattr(Store, failing)
+
+    def fails(self: Store, name: str, record: Any) -> Any:
+        if failing == "_write":
+            done(self, name, record)
+        raise TransientStorageError("PutObject: SlowDown")
+
+    with listening(service(str(tmp_path))) as url:
+        client = client_of(url).with_options(max_retries=2)
+        file_id = upload(client, line(0))
+        record = Store(str(tmp_path)).file("everyone", file_id)
+        monkeypatch.setattr(Store, "file", lambda *_: record)
+        monkeypatch.setattr(Store, failing, fails)
+        if failing == "_read":
+            assert create(client, file_id).status == "validating"
+            upload(client, line(1))
+        else:
+            for asked in (lambda: create(client, file_id), lambda: upload(client, line(1))):
+                with pytest.raises(openai.InternalServerError, match="look for it") as told:
+                    asked()
+                assert told.value.code == "outcome_unknown"
+        monkeypatch.undo()
+        assert len(client.batches.list().data) == 1
+        assert len(client.files.list().data) == 2
 
 
 def test_a_service_without_a_store_says_that_it_has_no_batch_api() -> None:
