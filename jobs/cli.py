@@ -30,7 +30,7 @@ from jobs.upload import uploaded
 from phi4ray.batch.executor import threaded
 from phi4ray.batch.progress import last_progress_line
 from phi4ray.batch.progress_file import RunProgress
-from phi4ray.batch.results import read_results, rows_of
+from phi4ray.batch.results import Results, read_results, rows_of
 from phi4ray.batch.submission import (
     FINISHED_WITH_ERROR_ROWS,
     Submission,
@@ -192,7 +192,7 @@ def results(
 ) -> None:
     """Show what a job wrote: figures, places and first rows. With OUTPUT, no cluster is needed."""
     with exit_codes():
-        found = read_results(normal(job) if _is_output(job) else _output_of(job, address))
+        found = _results(normal(job) if _is_output(job) else _output_of(job, address))
         rows = list(islice(rows_of(found, errors_only=errors), head))
         if as_json:
             typer.echo(json.dumps({**found.figures(), "rows_shown": rows}, indent=2))
@@ -261,9 +261,16 @@ def _list(jobs: "Jobs", as_json: bool) -> None:
         typer.echo(line)
 
 
+def _results(output: str) -> Results:
+    from jobs.follow import check_answers
+
+    check_answers(output)
+    return read_results(output)
+
+
 def _what_stays(job: Submission) -> str:
     try:
-        found = read_results(job.output) if job.output is not None else None
+        found = _results(job.output) if job.output is not None else None
     except Phi4rayError as error:
         return f"finished parts stay in {job.output} (they cannot be counted here: {error})"
     if found is None:

@@ -7,15 +7,19 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 
-from cluster.jobs import Jobs
+from phi4ray.batch.plan import PLAN_NAME
 from phi4ray.batch.progress import PROGRESS_LINE, Progress
 from phi4ray.batch.progress_file import WRITE_S, RunProgress, read_progress
 from phi4ray.batch.submission import Submission
-from phi4ray.errors import Phi4rayError, TransientStorageError
+from phi4ray.errors import ObjectNotFoundError, Phi4rayError, TransientStorageError
+from phi4ray.storage import join, storage_for
+
+if TYPE_CHECKING:  # Ray takes seconds to import, and an output is read without it
+    from cluster.jobs import Jobs
 
 PATIENCE_S = 5.0
 """An object store that takes longer, as one that cannot be reached does, is not waited for."""
@@ -65,11 +69,29 @@ class Watch:
         except TimeoutError:
             if time.monotonic() - self._looked_at < PATIENCE_S:
                 return None
-            raise TransientStorageError(
-                f"{self._output} does not answer within {PATIENCE_S:.0f} s"
-            ) from None
+            raise _silent(self._output) from None
         self._reading = None
         return found if found is not None and found.updated_at >= self._since else None
+
+
+def check_answers(output: str) -> None:
+    """Look whether a job's output can be read: what there is to read may take longer than that.
+
+    Raises:
+        TransientStorageError: the store is silent.
+        StorageError: it refuses.
+    """
+    uri = join(output, PLAN_NAME)
+    try:
+        _in_background(lambda: storage_for(uri).head(uri)).result(PATIENCE_S)
+    except TimeoutError:
+        raise _silent(output) from None
+    except ObjectNotFoundError:
+        pass  # it answers
+
+
+def _silent(output: str | None) -> TransientStorageError:
+    return TransientStorageError(f"{output} does not answer within {PATIENCE_S:.0f} s")
 
 
 def _in_background(work: Callable[[], T]) -> Future[T]:
@@ -86,7 +108,7 @@ def _in_background(work: Callable[[], T]) -> Future[T]:
     return future
 
 
-def follow(jobs: Jobs, job: Submission, console: Console) -> Submission:
+def follow(jobs: "Jobs", job: Submission, console: Console) -> Submission:
     """Show a job until it ends; returns how it ended.
 
     Off a terminal that is its log. In a terminal its progress lines become one live line; where

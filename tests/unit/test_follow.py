@@ -9,14 +9,18 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from jobs import cli
 from jobs import follow as follow_module
 from jobs.follow import Watch, show_live
 from jobs.show import SILENT_S, again, job_facts, job_lines, job_list, result_lines, row_line
 from phi4ray.batch.progress import Progress, Window, last_progress_line
 from phi4ray.batch.progress_file import ProgressFile, RunProgress
 from phi4ray.batch.submission import Submission
+from phi4ray.cli import app
 from phi4ray.errors import TransientStorageError
+from phi4ray.storage.local import LocalStorage
 from tests.unit.test_progress import Log, at
 
 WINDOW = Window(at(0.0), at(10.0, 1_200, 12_340, 5_670, errors=3))
@@ -64,6 +68,30 @@ def test_the_lines_of_the_log_stay_where_the_output_cannot_be_read() -> None:
     text = shown(job, None, LOG)
     assert "progress comes from the log" in text
     assert LOG in text
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A store that takes every request and answers none, and little patience."""
+    answer = threading.Event()
+    monkeypatch.setattr(LocalStorage, "head", lambda *_: answer.wait(5))
+    monkeypatch.setattr(LocalStorage, "read", lambda *_: answer.wait(5))
+    monkeypatch.setattr(follow_module, "PATIENCE_S", 0.01)
+    yield
+    answer.set()
+
+
+@pytest.mark.usefixtures("silent")
+def test_the_results_of_a_store_that_does_not_answer_are_not_waited_for(tmp_path: Path) -> None:
+    told = CliRunner().invoke(app, ["results", str(tmp_path)])
+    assert told.exit_code == 1
+    assert f"{tmp_path} does not answer within" in told.stderr
+
+
+@pytest.mark.usefixtures("silent")
+def test_what_stays_of_a_cancelled_job_is_not_waited_for(tmp_path: Path) -> None:
+    job = Submission("out-1", "STOPPED", "python", str(tmp_path), 0.0)
+    assert f"cannot be counted here: {tmp_path} does not answer" in cli._what_stays(job)
 
 
 def test_a_store_that_does_not_answer_holds_nothing_up(
