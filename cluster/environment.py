@@ -1,9 +1,11 @@
 """What the processes of a cluster need in their environment. Imports nothing of Ray's.
 
-Ray and Ray Serve read these when they start: set them where a cluster's nodes are started.
+Ray and Ray Serve read these when they start: set them where a cluster's nodes are started. In a
+shell, `eval "$(python -m cluster.environment)"` sets those of a cluster that serves.
 """
 
 import os
+import shlex
 from collections.abc import Mapping
 
 NODES: Mapping[str, str] = {
@@ -54,3 +56,7 @@ def set_defaults(variables: Mapping[str, str]) -> None:
     """Set those variables that this process's environment does not have."""
     for name, value in variables.items():
         os.environ.setdefault(name, value)
+
+
+if __name__ == "__main__":
+    print("export", shlex.join(f"{name}={value}" for name, value in SERVING.items()))

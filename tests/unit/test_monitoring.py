@@ -4,9 +4,11 @@
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import promql_parser
 import pytest
 import yaml
 
+from cluster.environment import SERVING
 from phi4ray import exporter
 from phi4ray.serve import metrics
 from tests.manifests import (
@@ -135,6 +138,21 @@ def test_promtool_has_nothing_to_say_about(arguments: str) -> None:
     command = [str(promtool), "check", kind, *flags, str(FOLDER / file)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_commands_for_a_prometheus_of_ones_own_serve_behind_haproxy() -> None:
+    text = (FOLDER / "prometheus.yaml").read_text()
+    environment, start, service, _ = re.findall(r"^#     (.+)$", text, re.MULTILINE)
+    shell = f"unset {' '.join(SERVING)}; {environment}; env"
+    python = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", shell], cwd=ROOT, env={**os.environ, "PATH": python},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert {f"{name}={value}" for name, value in SERVING.items()} <= set(done.stdout.splitlines())
+    assert start.startswith("ray start --head ")
+    # Else the service would start a cluster of its own.
+    assert service.startswith("RAY_ADDRESS=127.0.0.1:6379 python jobs/serve.py ")
 
 
 def test_every_alert_has_a_unit_test() -> None:
