@@ -286,8 +286,9 @@ def test_a_large_row_group_is_read_in_pieces_and_they_are_not_small(
     monkeypatch.setattr(parquet, "storage_for", lambda uri: storage)
     for piece in pieces:
         reader.read(piece)
-    assert max(storage.sizes) <= 2 * most  # a page may be a little larger
-    assert len(storage.sizes) <= path.stat().st_size / most + 2 * len(columns) + 2
+    # Arrow reads a header more than it holds, and the rest of a page that was cut.
+    assert max(storage.sizes) <= 2 * most
+    assert len(storage.sizes) <= 4 * path.stat().st_size / most
 
 
 class Counting(LocalStorage):
