@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -143,8 +144,8 @@ def test_threads_share_one_client(s3_prefix: str, monkeypatch: pytest.MonkeyPatc
     sessions: list[boto3.Session] = []
 
     class Counted(boto3.Session):
-        def __init__(self) -> None:
-            super().__init__()
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
             sessions.append(self)
 
     monkeypatch.setattr(boto3, "Session", Counted)
