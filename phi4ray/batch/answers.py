@@ -5,10 +5,11 @@ together, and rows alike in the order of the shards: nothing waits for a whole s
 """
 
 import asyncio
+import contextlib
 import itertools
 import random
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from phi4ray.batch.pacing import Pacer, Waiting, rank_of
@@ -23,6 +24,18 @@ RETRY_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 BACKOFF_S = 0.2
 MAX_BACKOFF_S = 10.0
 """A row waits so long after its first failed try, then twice as long each time, up to the most."""
+
+
+HELD_BYTES = 4 << 30
+"""What the answers of a replica's open shards may come to take, as they are held, before another
+shard is begun: they are there until the shard's last row has ended, and nodes have some tens of GiB
+a GPU. Without logprobs or many choices they stay far below it."""
+
+LOGPROB_BYTES = 16
+TOKEN_BYTES = 8
+GUESSES = 64
+"""What an answer takes as it is held, for each token's logprob and for each token, until answers
+have told: the guess counts as so many of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +73,15 @@ class Answers:
     """Has one replica answer the rows of the shards that are open. For one event loop."""
 
     def __init__(self, config: BatchConfig, replica: Replica) -> None:
-        self.open: dict[int, Done] = {}
-        """What is answered of each open shard; whoever writes a shard closes it."""
         self.pacer = Pacer(replica.kv())
         self.lengths = Lengths()
         self._config = config
         self._replica = replica
         self._in_flight: set[asyncio.Task[None]] = set()
+        self._open: dict[int, _Shard] = {}
+        self._waiting: list[_Shard] = []
+        self._answered = 0
+        self._answered_bytes = 0
         self._stop: RowError | None = None
 
     def stop(self, error: RowError) -> None:
@@ -84,13 +99,55 @@ class Answers:
     ) -> None:
         """Have every row with a request answered, in its place; the others are errors already.
 
+        It begins when there is room for its answers, see `HELD_BYTES`; one shard always goes on.
         Requests are taken out of their list as their turns come.
 
         Raises:
             EngineDeadError: the replica is gone.
         """
-        self.open[shard] = Done()
-        await _Shard(self, shard, results, requests).answer()
+        begins = _Shard(self, shard, results, requests)
+        self._waiting.append(begins)
+        self.let_in()
+        try:
+            await begins.let_in.wait()
+        finally:
+            if begins in self._waiting:
+                self._waiting.remove(begins)
+        await begins.answer()
+
+    @property
+    def open(self) -> dict[int, Done]:
+        """What is answered of each open shard. May be asked from any thread."""
+        return {index: shard.done for index, shard in self._open.copy().items()}
+
+    @contextlib.contextmanager
+    def closing(self, shard: int) -> Iterator[None]:
+        """Where a shard is answered and written; at the end its answers are held no longer."""
+        try:
+            yield
+        finally:
+            self._open.pop(shard, None)
+            self.let_in()
+
+    def held(self, result: Result) -> None:
+        """Note what an answer takes."""
+        self._answered += 1
+        self._answered_bytes += result.held_bytes
+        self.let_in()
+
+    def let_in(self) -> None:
+        """Begin the shards that wait, in their order, as far as there is room."""
+        while self._waiting and (not self._open or self._fits(self._waiting[0])):
+            shard = self._waiting.pop(0)
+            self._open[shard.index] = shard
+            shard.let_in.set()
+
+    def _fits(self, shard: "_Shard") -> bool:
+        guess = GUESSES * shard.guess_bytes + self._answered_bytes
+        a_row = guess / (GUESSES + self._answered)
+        shards = [*self._open.values(), shard]
+        rows = sum(len(one.results) - one.done.rows for one in shards)
+        return sum(one.held_bytes for one in shards) + rows * a_row <= HELD_BYTES
 
     async def one(self, row: Result, request: Request) -> Result:
         """Answer one row, or give it the error of `stop`."""
@@ -121,7 +178,7 @@ class Answers:
                 break
             pause_s = min(MAX_BACKOFF_S, BACKOFF_S * 2 ** min(attempt, 16))
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
-        return replace(row.answered(answer), attempts=attempt, latency_s=latency_s)
+        return replace(row.answered(answer).pack(), attempts=attempt, latency_s=latency_s)
 
 
 class _Shard:
@@ -134,9 +191,14 @@ class _Shard:
         results: list[Result],
         requests: list[Request | None],
     ) -> None:
+        self.index = shard
+        self.results = results
+        self.done = Done()
+        self.held_bytes = 0
+        self.let_in = asyncio.Event()
+        asked = [guess_bytes(request) for request in requests if request is not None]
+        self.guess_bytes = sum(asked) / max(1, len(asked))
         self._answers = answers
-        self._shard = shard
-        self._results = results
         self._requests = requests
         self._waiting: dict[int, Waiting] = {}
         self._all_begun = asyncio.Event()
@@ -156,7 +218,7 @@ class _Shard:
     async def _begin_all(self) -> None:
         for at, request in enumerate(self._requests):
             if request is None:
-                self._count(self._results[at])
+                self._count(self.results[at])
             else:
                 rank, prompt = rank_of(max_tokens_of(request.body)), prompt_of(request.body)
                 self._waiting[at] = self._answers.pacer.push(self, at, rank, prompt)
@@ -184,11 +246,13 @@ class _Shard:
     async def _answer_row(self, row: Waiting, request: Request) -> None:
         sequences = sequences_of(request.body)
         try:
-            result = self._results[row.at] = await self._answers.one(self._results[row.at], request)
+            result = self.results[row.at] = await self._answers.one(self.results[row.at], request)
         except BaseException:
             self._withdraw()  # before there is room for them: this shard is given up
             raise
         self._count(result)
+        self.held_bytes += result.held_bytes
+        self._answers.held(result)
         if result.prompt_tokens:
             self._answers.lengths.observe(
                 len(row.prompt), result.prompt_tokens, result.completion_tokens or 0, sequences
@@ -200,7 +264,16 @@ class _Shard:
             self._answers.pacer.withdraw(row)
 
     def _count(self, result: Result) -> None:
-        self._answers.open[self._shard] += Done.of(result)
+        self.done += Done.of(result)
+
+
+def guess_bytes(request: Request) -> float:
+    """What an answer may take as it is held, before one is known: `logprobs` make up most of it."""
+    body = request.body
+    tokens = max_tokens_of(body) or 1024 * sequences_of(body)
+    asked = [body.get(name) for name in ("logprobs", "top_logprobs")]
+    logprobs = max((int(number) for number in asked if isinstance(number, int)), default=0)
+    return tokens * (TOKEN_BYTES + LOGPROB_BYTES * (1 + logprobs if logprobs > 0 else 0))
 
 
 async def within(timeout_s: float | None, answer: Awaitable[Answer]) -> Answer:

@@ -7,9 +7,9 @@ done when its part exists. The receipt lies in the file's metadata under `phi4ra
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -47,13 +47,33 @@ COLUMNS = pa.schema(
 has `error_code` or an answer, never both.
 """
 
+PACK_FROM_BYTES = 16 << 10
+"""From this size on a response is held compressed: one with logprobs has megabytes, a sixth so."""
+
+GROUP_ROWS = 4096
+GROUP_BYTES = 64 << 20
+"""Of a row group, the most rows, and so many bytes of responses if it has several rows.
+
+Whoever writes or reads a part needs not hold all of it in full.
+"""
+
 LATENCY_EDGES_S = tuple(2.0**power for power in range(-8, 13))
 TOKEN_EDGES = tuple(2.0**power for power in range(19))
 
 
+class Packed(NamedTuple):
+    """A text in UTF-8, compressed, and its size before."""
+
+    data: bytes
+    size: int
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One row of a part; members are `COLUMNS`."""
+    """One row of a part; members are `COLUMNS`.
+
+    A large response may be `packed` instead, until the row is written.
+    """
 
     id: str
     source_file: str
@@ -67,6 +87,32 @@ class Result:
     error_message: str | None = None
     attempts: int = 0
     latency_s: float = 0.0
+    packed: Packed | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """What the response takes as it is held."""
+        return len(self.packed.data) if self.packed else len(self.response or "")
+
+    @property
+    def response_size(self) -> int:
+        """What the response takes in full."""
+        return self.packed.size if self.packed else len(self.response or "")
+
+    def pack(self) -> "Result":
+        """This row with its response compressed, if that is large."""
+        if self.response is None or len(self.response) < PACK_FROM_BYTES:
+            return self
+        text = self.response.encode()
+        data = pa.compress(text, codec="zstd", asbytes=True)
+        return replace(self, response=None, packed=Packed(data, len(text)))
+
+    def response_text(self) -> str | None:
+        """The response in full, packed or not."""
+        if self.packed is None:
+            return self.response
+        data, size = self.packed
+        return pa.decompress(data, size, codec="zstd", asbytes=True).decode()  # type: ignore[no-any-return]
 
     def failed(self, error: RowError) -> "Result":
         """This row, with the reason why it has no answer."""
@@ -166,15 +212,43 @@ def part_table(results: Sequence[Result], carried: pa.Table, receipt: Receipt) -
 
     A carried column whose name an answer column has becomes `input_<name>`.
     """
-    columns = [
-        pa.array([getattr(row, column.name) for row in results], column.type) for column in COLUMNS
-    ]
+    return part_reader(results, carried, receipt).read_all()
+
+
+def part_reader(
+    results: Sequence[Result], carried: pa.Table, receipt: Receipt
+) -> pa.RecordBatchReader:
+    """A part's table in pieces, each made when it is read: see `part_table` and `GROUP_BYTES`."""
     fields = list(COLUMNS)
     for column in carried.schema:
         fields.append(column.with_name(output_name(column.name, carried.schema.names)))
-        columns.append(carried[column.name])
     schema = pa.schema(fields, metadata={RECEIPT_KEY: receipt.model_dump_json()})
-    return pa.table(columns, schema=schema)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for first, end in _groups(results):
+            columns = [_column(results[first:end], column) for column in COLUMNS]
+            columns += carried.slice(first, end - first).columns
+            yield from pa.table(columns, schema=schema).combine_chunks().to_batches()
+
+    return pa.RecordBatchReader.from_batches(schema, batches())
+
+
+def _column(results: Sequence[Result], column: pa.Field) -> pa.Array:
+    if column.name == "response":
+        return pa.array([row.response_text() for row in results], column.type)
+    return pa.array([getattr(row, column.name) for row in results], column.type)
+
+
+def _groups(results: Sequence[Result]) -> Iterator[tuple[int, int]]:
+    """Where groups of rows begin and end; each has a row."""
+    first, size = 0, 0
+    for at, row in enumerate(results):
+        if at > first and (at - first == GROUP_ROWS or size + row.response_size > GROUP_BYTES):
+            yield first, at
+            first, size = at, 0
+        size += row.response_size
+    if first < len(results):
+        yield first, len(results)
 
 
 def output_name(name: str, taken: Iterable[str]) -> str:
@@ -187,16 +261,32 @@ def output_name(name: str, taken: Iterable[str]) -> str:
     return name
 
 
-def write_part(output: str, plan: Plan, table: pa.Table, *, replacing: bool = False) -> Receipt:
-    """Write a part by one atomic write; returns the receipt of the part that stands.
+def write_part(
+    output: str, plan: Plan, table: pa.Table | pa.RecordBatchReader, *, replacing: bool = False
+) -> Receipt:
+    """Write a part by one atomic write; see `put_part`."""
+    receipt = receipt_of(table.schema)
+    return put_part(output, plan, receipt, encode_part(table), replacing=replacing)
+
+
+def encode_part(table: pa.Table | pa.RecordBatchReader) -> bytes:
+    """A part as it is written: Parquet, with a row group for each piece of the table."""
+    pieces = table.to_reader() if isinstance(table, pa.Table) else table
+    buffer = io.BytesIO()
+    with pq.ParquetWriter(buffer, pieces.schema, compression="zstd") as writer:
+        for batch in pieces:
+            writer.write_batch(batch, row_group_size=GROUP_ROWS)
+    return buffer.getvalue()
+
+
+def put_part(
+    output: str, plan: Plan, receipt: Receipt, data: bytes, *, replacing: bool = False
+) -> Receipt:
+    """Write an encoded part by one atomic write; returns the receipt of the part that stands.
 
     Where the store can refuse to overwrite, a part that a racing worker has already written is
     kept as it is; where it cannot, the last of two complete parts wins. Either is correct.
     """
-    receipt = receipt_of(table.schema)
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd", row_group_size=4096)
-    data = buffer.getvalue()
     uri = join(output, plan.part_name(receipt.shard))
     storage, digest = storage_for(uri), hashlib.sha256(data).hexdigest()
     if replacing:

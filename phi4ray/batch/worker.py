@@ -19,12 +19,13 @@ from phi4ray.batch.parts import (
     COLUMNS,
     Receipt,
     Result,
+    encode_part,
     make_receipt,
-    part_table,
+    part_reader,
+    put_part,
     read_part,
     read_receipt,
     results_of,
-    write_part,
 )
 from phi4ray.batch.plan import Plan, Shard, Slice
 from phi4ray.batch.reads import Reads
@@ -73,6 +74,7 @@ class ShardWorker:
         )
         self._reads = Reads(plan.inputs, storage_retry(self._read))
         self._answers = Answers(config, replica)
+        self._encoding = asyncio.Lock()
 
     def stop(self, error: RowError) -> None:
         """Give every row that is not answered yet this error; those in flight are aborted.
@@ -90,7 +92,7 @@ class ShardWorker:
             kv_used_fraction=kv.used_tokens / max(1, kv.capacity_tokens),
             running=kv.running,
             waiting=kv.waiting,
-            open_shards=self._answers.open.copy(),
+            open_shards=self._answers.open,
         )
 
     async def run(self, index: int) -> Receipt:
@@ -113,8 +115,9 @@ class ShardWorker:
                 pass
             began = time.monotonic()
             results, requests, carried = _joined(await read())
-        await self._answers.answer(index, results, requests)
-        return await self._write(shard, results, carried, began, replacing=False)
+        with self._answers.closing(index):
+            await self._answers.answer(index, results, requests)
+            return await self._write(shard, results, carried, began, replacing=False)
 
     async def _rerun_errors(self, shard: Shard) -> Receipt:
         began = time.monotonic()
@@ -123,16 +126,17 @@ class ShardWorker:
             return await asyncio.to_thread(
                 storage_retry(read_receipt), self._config.output, self._plan, shard.index
             )
-        await self._answers.answer(shard.index, new, requests)
-        table = await asyncio.to_thread(
-            storage_retry(read_part), self._config.output, self._plan, shard.index
-        )
-        rows = results_of(table)
-        for at, result in zip(failed, new, strict=True):
-            if rows[at].error_code is not None:  # else another worker was faster
-                rows[at] = replace(result, attempts=rows[at].attempts + result.attempts)
-        carried = table.drop_columns(COLUMNS.names)
-        return await self._write(shard, rows, carried, began, replacing=True)
+        with self._answers.closing(shard.index):
+            await self._answers.answer(shard.index, new, requests)
+            table = await asyncio.to_thread(
+                storage_retry(read_part), self._config.output, self._plan, shard.index
+            )
+            rows = results_of(table)
+            for at, result in zip(failed, new, strict=True):
+                if rows[at].error_code is not None:  # else another worker was faster
+                    rows[at] = replace(result, attempts=rows[at].attempts + result.attempts)
+            carried = table.drop_columns(COLUMNS.names)
+            return await self._write(shard, rows, carried, began, replacing=True)
 
     async def _read_failed(
         self, shard: Shard
@@ -145,7 +149,8 @@ class ShardWorker:
         @storage_retry
         def failed_rows() -> list[int]:
             table = read_part(self._config.output, self._plan, shard.index)
-            return [at for at, row in enumerate(results_of(table)) if row.error_code is not None]
+            codes = table["error_code"].to_pylist()
+            return [at for at, code in enumerate(codes) if code is not None]
 
         with self._reads.queued(shard.slices) as read:
             failed = await asyncio.to_thread(failed_rows)
@@ -191,14 +196,16 @@ class ShardWorker:
         started_at = finished_at - (time.monotonic() - began)
         receipt = make_receipt(self._plan.plan_id, shard.index, results, started_at, finished_at)
 
-        @storage_retry
-        def write() -> Receipt:
-            table = part_table(results, carried, receipt)
-            return write_part(self._config.output, self._plan, table, replacing=replacing)
+        async with self._encoding:  # it takes several times the memory of what it writes
+            data = await asyncio.to_thread(
+                lambda: encode_part(part_reader(results, carried, receipt))
+            )
 
-        written = await asyncio.to_thread(write)
-        del self._answers.open[shard.index]
-        return written
+        @storage_retry
+        def put() -> Receipt:
+            return put_part(self._config.output, self._plan, receipt, data, replacing=replacing)
+
+        return await asyncio.to_thread(put)
 
 
 def _joined(slices: Sequence[Rows]) -> Rows:

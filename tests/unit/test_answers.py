@@ -2,9 +2,11 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from phi4ray.batch import answers as answers_module
 from phi4ray.batch.answers import Answers
 from phi4ray.batch.parts import Result
 from phi4ray.batch.rows import Request
@@ -102,3 +104,68 @@ def test_a_row_is_let_go_of_when_its_turn_comes(tmp_path: Path) -> None:
         assert requests == [None] * 3
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("room", "at_first"), [(0, 1), (1 << 30, 3)])
+def test_a_shard_waits_until_there_is_room_for_its_answers_and_one_always_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, at_first: int
+) -> None:
+    async def scenario() -> None:
+        engine = Held(tmp_path)
+        answers = Answers(engine.settings, engine)
+        written = asyncio.Event()
+
+        async def work(index: int) -> None:
+            with answers.closing(index):
+                await answers.answer(index, *shard("a", "b"))
+                await written.wait()
+
+        tasks = [asyncio.create_task(work(index)) for index in range(3)]
+        await engine.full()
+        engine.go.set()
+        await settle()
+        assert list(answers.open) == list(range(at_first))  # answered, and held
+        tasks[0].cancel()  # as good as written: it is held no longer
+        await settle()
+        assert list(answers.open) == [1, 2][: max(1, at_first - 1)]
+        written.set()
+        await asyncio.wait(tasks, timeout=5)
+        assert all(task.done() for task in tasks)
+        assert answers.open == {}
+
+    monkeypatch.setattr(answers_module, "HELD_BYTES", room)
+    asyncio.run(scenario())
+
+
+def test_logprobs_are_expected_before_the_first_answer_and_then_what_was_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else all shards would be begun before anything is known."""
+
+    async def scenario(**asked: Any) -> int:
+        engine = Held(tmp_path)
+        answers = Answers(engine.settings, engine)
+        for index in range(4):
+            results, requests = shard(*"abcdefgh")
+            for request in requests:
+                assert request is not None
+                request.body.update(max_tokens=1000, **asked)
+            tasks.append(asyncio.create_task(answers.answer(index, results, requests)))
+        await settle()
+        begun = len(answers.open)
+        engine.go.set()  # and they are short
+        await settle(2000)
+        assert len(answers.open) > begun or begun == 4
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        return begun
+
+    tasks: list[asyncio.Task[None]] = []
+    monkeypatch.setattr(answers_module, "HELD_BYTES", 8 << 20)
+    monkeypatch.setattr(answers_module, "GUESSES", 1)
+    assert asyncio.run(scenario()) == 4
+    tasks.clear()
+    assert asyncio.run(scenario(logprobs=True, top_logprobs=20)) < 4
+    tasks.clear()
+    assert asyncio.run(scenario(logprobs="x", top_logprobs=None)) == 4  # the engine's to refuse

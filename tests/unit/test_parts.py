@@ -12,17 +12,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phi4ray.batch import parts as parts_module
 from phi4ray.batch.parts import (
     COLUMNS,
     LATENCY_EDGES_S,
+    PACK_FROM_BYTES,
     RECEIPT_KEY,
     TOKEN_EDGES,
     Receipt,
     Result,
+    encode_part,
     error_of,
     histogram,
     make_receipt,
     output_name,
+    part_reader,
     part_table,
     read_part,
     read_receipt,
@@ -170,6 +174,45 @@ results = st.builds(
 @given(st.lists(results, max_size=5))
 def test_rows_survive_their_part(found: list[Result]) -> None:
     assert results_of(part_table(found, NONE_CARRIED, make_receipt("p", 0, found, 0, 1))) == found
+
+
+# Large responses
+
+
+def large(row: Result, size: int = 10 * PACK_FROM_BYTES) -> Result:
+    return row.answered(Answer(200, chat("看" + "x" * size)))
+
+
+def test_a_large_response_is_held_compressed_and_a_small_one_as_it_is() -> None:
+    small, whole = rows(1)[0], large(ROW)
+    assert small.pack() is small
+    packed = whole.pack()
+    assert packed.response is None
+    assert packed.held_bytes < whole.held_bytes / 10
+    assert packed.response_text() == whole.response
+    assert packed.text == whole.text
+
+
+def test_a_part_of_packed_rows_is_that_of_the_rows(tmp_path: Path) -> None:
+    plan, whole = plan_of(), [large(row) if at % 3 else row for at, row in enumerate(rows())]
+    tables = [part_of(plan, 0, held) for held in (whole, [row.pack() for row in whole])]
+    assert tables[0].equals(tables[1], check_metadata=True)
+    assert encode_part(tables[0]) == encode_part(tables[1])
+    write_part(str(tmp_path), plan, tables[1])
+    assert results_of(read_part(str(tmp_path), plan, 0)) == whole
+
+
+def test_a_part_is_made_and_read_in_groups_of_bounded_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts_module, "GROUP_BYTES", 25 * PACK_FROM_BYTES)
+    plan, carried = plan_of(), pa.table({"n": range(10)})
+    held = [large(row).pack() for row in rows()]
+    receipt = make_receipt(plan.plan_id, 0, held, 5.0, 9.0)
+    write_part(str(tmp_path), plan, part_reader(held, carried, receipt))
+    file = pq.ParquetFile(tmp_path / plan.part_name(0))
+    assert [file.metadata.row_group(at).num_rows for at in range(file.num_row_groups)] == [2] * 5
+    assert read_part(str(tmp_path), plan, 0).equals(part_table(held, carried, receipt))
 
 
 # Carried columns

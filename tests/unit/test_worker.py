@@ -17,9 +17,10 @@ import pytest
 from phi4ray.batch import answers as answers_module
 from phi4ray.batch import lines as lines_module
 from phi4ray.batch import parts as parts_module
+from phi4ray.batch import worker as worker_module
 from phi4ray.batch.answers import Done
 from phi4ray.batch.executor import InProcessExecutor
-from phi4ray.batch.parts import read_receipt
+from phi4ray.batch.parts import PACK_FROM_BYTES, Result, encode_part, part_reader, read_receipt
 from phi4ray.batch.plan import Plan
 from phi4ray.batch.planning import obtain_plan
 from phi4ray.batch.worker import ShardWorker
@@ -587,3 +588,34 @@ def test_a_shard_that_is_cancelled_from_outside_is_not_taken_for_stopped(tmp_pat
 
     asyncio.run(scenario())
     assert parts(config) == {}
+
+
+def test_parts_are_made_one_at_a_time_and_large_answers_wait_compressed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(8))
+    config, plan = planned(tmp_path, shard_rows=2)
+    making, most, held = 0, 0, set()
+
+    def make(table: pa.RecordBatchReader) -> bytes:
+        nonlocal making, most
+        making += 1
+        most = max(most, making)
+        time.sleep(0.005)
+        data = encode_part(table)
+        making -= 1
+        return data
+
+    def hold(results: list[Result], *others: Any) -> pa.RecordBatchReader:
+        held.update((row.response, row.packed is None) for row in results)
+        return part_reader(results, *others)
+
+    monkeypatch.setattr(worker_module, "encode_part", make)
+    monkeypatch.setattr(worker_module, "part_reader", hold)
+    text = "x" * PACK_FROM_BYTES
+    answer = Answer(200, {"choices": [{"text": text}], "usage": {}})
+    run(config, plan, Engine(lambda *_: answer))
+    assert most == 1
+    assert held == {(None, False)}
+    assert [row["text"] for row in rows_of(config)] == [text] * 8
+    assert all(json.loads(row["response"]) == answer.body for row in rows_of(config))
