@@ -39,7 +39,7 @@ from phi4ray.errors import (
     StorageError,
     TransientStorageError,
 )
-from phi4ray.storage import ObjectInfo, join, storage_for
+from phi4ray.storage import TEMPORARY, ObjectInfo, join, storage_for
 
 R = TypeVar("R", bound=Config)
 
@@ -117,6 +117,11 @@ class Store:
     def contents(self) -> list[Key]:
         """Owner and file id of every upload's content, whether it has a record or not."""
         return list(self._keys("contents/", FILE_ID, ".jsonl"))
+
+    def unfinished(self) -> list[ObjectInfo]:
+        """Uploads' contents that are not whole; a process that was killed leaves its own."""
+        found = self._list("contents/")
+        return [item for item in found if item.uri.rpartition("/")[2].startswith(TEMPORARY)]
 
     # Batches
 

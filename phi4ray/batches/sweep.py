@@ -38,6 +38,11 @@ def sweep(store: Store, now_s: float) -> None:
         for key in contents
         if key not in known and age_s(key.id, now_s) > DAY_S
     ]
+    lost += [
+        item.uri.removeprefix(store.root)
+        for item in store.unfinished()
+        if now_s - item.modified_s > DAY_S
+    ]
     pieces = {piece.name for record in files.values() for piece in record.pieces}
     for key, names in answers.items():
         of_unreadable = any(

@@ -2,18 +2,25 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol
+
+TEMPORARY = ".phi4ray-"
+"""So begins, in a store of files, the name of what is not whole yet. A kill leaves it there."""
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """One object. `etag` changes whenever the content does; it is the store's own, not a digest."""
+    """One object. `etag` changes whenever the content does; it is the store's own, not a digest.
+
+    `modified_s`: when it was last written, in Unix seconds by the store's clock.
+    """
 
     uri: str
     size: int
     etag: str
+    modified_s: float = field(compare=False)  # stores tell it more or less exactly
 
 
 class Writer(Protocol):

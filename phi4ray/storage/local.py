@@ -18,7 +18,7 @@ from phi4ray.errors import (
     StorageError,
     TransientStorageError,
 )
-from phi4ray.storage.base import ObjectInfo, Writer
+from phi4ray.storage.base import TEMPORARY, ObjectInfo, Writer
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
 
@@ -125,7 +125,8 @@ class LocalStorage:
 def _info(path: str, found: os.stat_result) -> ObjectInfo:
     if stat.S_ISDIR(found.st_mode):
         raise FileNotFoundError(errno.ENOENT, "is a folder", path)
-    return ObjectInfo(path, found.st_size, f"{found.st_mtime_ns:x}-{found.st_size:x}")
+    etag = f"{found.st_mtime_ns:x}-{found.st_size:x}"
+    return ObjectInfo(path, found.st_size, etag, found.st_mtime)
 
 
 def _files_below(root: str) -> Iterator[str]:
@@ -172,7 +173,7 @@ def _beside(path: str) -> Iterator[tuple[BinaryIO, str]]:
         raise StorageError(f"{path}: a file stands where its folder should be") from error
     if os.path.isdir(path):
         raise StorageError(f"{path} is a folder: choose another name")
-    handle, temporary = tempfile.mkstemp(prefix=".phi4ray-", dir=folder)
+    handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=folder)
     try:
         with os.fdopen(handle, "wb") as stream:
             yield stream, temporary

@@ -94,12 +94,14 @@ class S3Storage:
                 for found in page.get("Contents", ()):
                     if not found["Key"].endswith("/"):  # a folder's placeholder
                         uri = f"{SCHEME}{bucket}/{found['Key']}"
-                        yield ObjectInfo(uri, found["Size"], _etag(found))
+                        modified_s = found["LastModified"].timestamp()
+                        yield ObjectInfo(uri, found["Size"], _etag(found), modified_s)
 
     def head(self, uri: str) -> ObjectInfo:
         """See `Storage.head`."""
         found = self._head(uri)
-        return ObjectInfo(uri, found["ContentLength"], _etag(found))
+        modified_s = found["LastModified"].timestamp()
+        return ObjectInfo(uri, found["ContentLength"], _etag(found), modified_s)
 
     def _head(self, uri: str) -> Any:
         bucket, key = split(uri)

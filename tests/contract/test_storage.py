@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -326,3 +327,11 @@ def test_uris_have_one_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_other_stores_are_refused(uri: str) -> None:
     with pytest.raises(ConfigError, match=r"known are s3://, file:// and plain paths|no bucket"):
         storage_for(uri) if not uri.startswith("s3") else normal(uri)
+
+
+def test_an_object_tells_when_it_was_written(prefix: str) -> None:
+    storage, uri = storage_for(prefix), join(prefix, "a")
+    storage.write(uri, b"1")
+    (listed,) = storage.list(prefix)
+    for found in (listed, storage.head(uri)):
+        assert abs(found.modified_s - time.time()) < 60

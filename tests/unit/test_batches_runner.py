@@ -1,6 +1,7 @@
 """The Batch API's runner: several batches and tenants, dying engines, failing stores, sweeping."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -113,6 +114,22 @@ def test_an_upload_that_never_became_a_file_is_swept(tmp_path: Any) -> None:
         clock.forward_s = 25 * 3600
         runner.sweep()
         assert store.contents() == []
+
+
+def test_an_upload_that_a_kill_cut_off_is_swept_when_nobody_can_be_writing_it(
+    tmp_path: Any,
+) -> None:
+    clock, store = Clock(), Store(str(tmp_path))
+    name = store.content_name("everyone", new_file_id(clock()))
+    with store.storage.create(store.uri(name)) as writer:
+        writer.write(b"x")
+        (cut_off,) = store.unfinished()
+        sweep(store, clock())
+        Path(f"{cut_off.uri}0").hardlink_to(cut_off.uri)  # a kill would have left it
+    assert [item.uri for item in store.unfinished()] == [f"{cut_off.uri}0"]
+    clock.forward_s = 25 * 3600
+    sweep(store, clock())
+    assert store.unfinished() == []
 
 
 def test_two_runners_at_once_do_no_harm(tmp_path: Any) -> None:
