@@ -153,7 +153,7 @@ class BatchConfig(Config):
         if self.sampling.keys() >= LIMITS:
             raise ValueError(
                 "sampling sets both max_tokens and max_completion_tokens, names of one limit: set "
-                "one of them; recipes set max_tokens"
+                "one of them"
             )
         check_text(self)
         return self
@@ -224,10 +224,18 @@ def _has_more(value: Any, most: int) -> bool:
 def batch_config(*layers: Mapping[str, Any]) -> BatchConfig:
     """Validate merged layers (recipe, YAML file, flags) into a `BatchConfig`.
 
+    A limit of answers takes the place of one in a layer below, by whichever of its two names.
+
     Raises:
         ConfigError: names every field that is wrong.
     """
-    return validated(BatchConfig, *layers)
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        below, above = merged.get("sampling"), layer.get("sampling")
+        if isinstance(below, dict) and isinstance(above, Mapping) and LIMITS & above.keys():
+            merged["sampling"] = {name: below[name] for name in below if name not in LIMITS}
+        merged = merge(merged, layer)
+    return validated(BatchConfig, merged)
 
 
 def validated(model: type[C], *layers: Mapping[str, Any]) -> C:

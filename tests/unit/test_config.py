@@ -71,6 +71,12 @@ def test_later_layers_win_and_nested_ones_merge_by_key() -> None:
     }
 
 
+def test_a_limit_of_answers_wins_over_one_below_by_whichever_name() -> None:
+    recipe, flags = {"max_tokens": 512, "top_p": 0.9}, {"max_completion_tokens": 64}
+    config = batch_config(BASE | {"sampling": recipe}, {"sampling": flags})
+    assert config.sampling == {"top_p": 0.9, "max_completion_tokens": 64}
+
+
 def test_merging_changes_no_layer() -> None:
     low, high = {"engine": {"model": "a"}}, {"engine": {"model": "b"}}
     merge(low, high)
