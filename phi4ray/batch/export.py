@@ -9,7 +9,7 @@ from typing import IO
 
 from pydantic_core import from_json, to_json
 
-from phi4ray.batch.parts import Result, read_table, receipt_of, results_of
+from phi4ray.batch.parts import Result, read_table, receipt_of, results_of, row_name
 from phi4ray.protocol import Json
 from phi4ray.storage import join, storage_for
 
@@ -42,11 +42,15 @@ def export_part(output: str, name: str) -> tuple[str, ...]:
 def batch_line(row: Result, request_id: str) -> Json:
     """One line of an OpenAI Batch output or error file.
 
-    What the engine refused keeps its HTTP answer; what never reached it has only an `error`.
+    What the engine refused keeps its HTTP answer; what never reached it has only an `error`, which
+    does not name the input: who asked need not know where it lies, and has the custom id.
     """
     error = None
     if row.error_code is not None:
-        error = {"code": row.error_code, "message": row.error_message}
+        message = (row.error_message or "").removeprefix(
+            f"{row_name(row.source_file, row.source_row)}: "
+        )
+        error = {"code": row.error_code, "message": message}
     response = None
     if row.response is not None:
         body = from_json(row.response)

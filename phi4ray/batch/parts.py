@@ -61,6 +61,11 @@ LATENCY_EDGES_S = tuple(2.0**power for power in range(-8, 13))
 TOKEN_EDGES = tuple(2.0**power for power in range(19))
 
 
+def row_name(source_file: str, source_row: int) -> str:
+    """Where a row comes from: the id of those without one, and how their errors begin."""
+    return f"{source_file}#{source_row}"
+
+
 class Packed(NamedTuple):
     """A text in UTF-8, compressed, and its size before."""
 

@@ -26,6 +26,7 @@ from phi4ray.batch.parts import (
     read_part,
     read_receipt,
     results_of,
+    row_name,
 )
 from phi4ray.batch.plan import Plan, Shard, Slice
 from phi4ray.batch.reads import Reads
@@ -165,7 +166,7 @@ class ShardWorker:
         uri = self._plan.inputs[piece.file].uri
         records = self._reader.read(piece)
         for number, record in enumerate(records.rows, piece.row_start):
-            name = f"{uri}#{number}"
+            name = row_name(uri, number)
             request: Request | RowError
             if isinstance(record, RowError):
                 row_id = record.id if isinstance(record, BrokenRow) else None

@@ -1,6 +1,7 @@
 """What the two halves of the Batch API's HTTP door share: the store in threads, pages of lists."""
 
 import asyncio
+import logging
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 STORE_THREADS = 16
+
+logger = logging.getLogger(__name__)
 
 
 class Door:
@@ -51,8 +54,9 @@ class Door:
         except TransientStorageError as error:
             message = (
                 f"The object store did not say whether the {what} was taken: look for it in the "
-                f"list of {what}s before you send it again. {error}"
+                f"list of {what}s before you send it again."
             )
+            logger.error("a %s may be taken or not: %s", what, error)
             raise ApiError(500, "outcome_unknown", message) from error
 
     async def gather(

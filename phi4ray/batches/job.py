@@ -158,12 +158,9 @@ class Job:
             self._save(states.validated(self.state, checked.rows, self._clock()))
 
     def _checked(self) -> Checked:
-        content = self._store.uri(
-            self._store.content_name(self.key.owner, self.request.input_file_id)
-        )
         limit = int(self._config.max_row_mib * (1 << 20))
         try:
-            with self._store.storage.open(content) as stream:
+            with self._store.storage.open(self._content()) as stream:
                 return check(
                     lines_of(stream, limit),
                     self.request.endpoint,
@@ -198,7 +195,7 @@ class Job:
     def _conclude(self, error: Exception) -> None:
         """End with what is answered; the other rows are in no file."""
         plan, output = self._planned, self._store.answers(self.key)
-        told = LineError(code="invalid_file", message=str(error))
+        told = LineError(code="invalid_file", message=self._shown(error))
         state = states.refused(self.state, [told])
         if plan is None:
             self._end(states.ended(self._cancelled(state), None, None, self._clock()))
@@ -209,6 +206,15 @@ class Job:
             with contextlib.suppress(IncompleteOutputError):  # it cannot be kept
                 export_part(output, plan.part_name(shard))
         self._end_with_files(plan)
+
+    def _shown(self, error: Exception) -> str:
+        """An error without what is the operator's: where the store is, and how it is laid out."""
+        message = str(error).replace(self._content(), self.request.input_file_id)
+        return message.replace(self._store.root, "")
+
+    def _content(self) -> str:
+        name = self._store.content_name(self.key.owner, self.request.input_file_id)
+        return self._store.uri(name)
 
     def _end_with_files(self, plan: Plan) -> None:
         made = self.state.finalizing_at
@@ -229,9 +235,8 @@ class Job:
         return states.cancelled(state, self._store.cancel_at(self.key))
 
     def _job(self) -> BatchConfig:
-        content = self._store.content_name(self.key.owner, self.request.input_file_id)
         return BatchConfig(
-            input=(self._store.uri(content),),
+            input=(self._content(),),
             output=self._store.answers(self.key),
             engine=self._engine,
             endpoint=self.request.endpoint,

@@ -67,6 +67,7 @@ def test_a_batch_goes_from_its_file_to_its_answers(client: openai.OpenAI) -> Non
     assert all(row["response"]["status_code"] == 200 and row["error"] is None for row in answers)
     (failed,) = rows_of(client, batch.error_file_id)
     assert (failed["custom_id"], failed["error"]["code"]) == ("r4", "empty_messages")
+    assert failed["error"]["message"] == "'messages' is empty"  # and not where the store is
     output = client.files.retrieve(batch.output_file_id or "")
     assert (output.purpose, output.filename) == ("batch_output", f"{batch.id}_output.jsonl")
     assert output.bytes == len(client.files.content(output.id).content)

@@ -165,6 +165,8 @@ def test_without_its_file_a_batch_ends_with_what_is_answered(
         assert batch.errors is not None
         (error,) = batch.errors.data or ()
         assert error.code == "invalid_file"
+        assert str(tmp_path) not in (error.message or "")
+        assert str(batch.input_file_id) in (error.message or "")
         answers = rows_of(client, batch.output_file_id)
         assert len(answers) == counts(batch)[1] >= 4
 
