@@ -184,9 +184,9 @@ BATCH = (
 REPLICAS = (
     alert(
         "Phi4rayReplicaRestarts",
-        # Each batch job has processes of its own, on the same pods' ports: only those that serve.
-        'changes(process_start_time_seconds{job="phi4ray-replica"}[1h]) >= 3 '
-        "and on (namespace, instance) phi4ray:kv_capacity_tokens",
+        # Of services alone: the workers of one batch job follow those of another on the same port.
+        'changes((process_start_time_seconds{job="phi4ray-replica"} and on (namespace, instance) '
+        "phi4ray:kv_capacity_tokens)[1h:1m]) >= 3",
         "0m",
         "critical",
         "{{ $labels.instance }}: its engine starts again and again",
