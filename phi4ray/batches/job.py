@@ -153,7 +153,8 @@ class Job:
     def _validate(self) -> None:
         checked = self._checked()
         if checked.errors:
-            self._end(states.failed(self.state, checked.errors, self._clock()))
+            state = self._cancelled(self.state)
+            self._end(states.failed(state, checked.errors, self._clock()))
         else:
             self._save(states.validated(self.state, checked.rows, self._clock()))
 

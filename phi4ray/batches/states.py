@@ -25,10 +25,8 @@ def validated(state: BatchState, rows: int, now_s: float) -> BatchState:
 
 
 def failed(state: BatchState, errors: Sequence[LineError], now_s: float) -> BatchState:
-    """It cannot be answered, whoever tries."""
-    return state.model_copy(
-        update={"status": "failed", "errors": tuple(errors), "failed_at": int(now_s)}
-    )
+    """It cannot be answered, whoever tries: it ends `failed`, if it was not stopped before."""
+    return ended(refused(state, errors), None, None, now_s)
 
 
 def refused(state: BatchState, errors: Sequence[LineError]) -> BatchState:

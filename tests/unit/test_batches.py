@@ -220,6 +220,19 @@ def test_cancelled_before_any_runner_looks_it_needs_no_engine(tmp_path: Any) -> 
         assert row["error"]["code"] == "batch_cancelled"
 
 
+def test_cancelled_before_its_bad_file_is_seen_it_is_cancelled(tmp_path: Any) -> None:
+    config = service(str(tmp_path))
+    with listening(config) as url:
+        client = client_of(url)
+        batch_id = create(client, upload(client, b"{broken")).id
+        assert client.batches.cancel(batch_id).status == "cancelling"
+        with running(config):
+            batch = ended(client, batch_id)
+        assert (batch.status, batch.failed_at) == ("cancelled", None)
+        assert batch.errors is not None
+        assert [error.code for error in batch.errors.data or ()] == ["invalid_json_line"]
+
+
 def test_what_is_not_answered_in_its_window_expires_and_the_rest_stays(tmp_path: Any) -> None:
     clock = Clock()
     config = service(str(tmp_path), SLOW, engine={"max_num_seqs": 2}, batches={"shard_rows": 100})
