@@ -10,7 +10,7 @@ from typing import get_args
 
 import pytest
 
-from jobs import evaluate, finetune, quantize
+from jobs import evaluate, finetune, quantize, serve
 from jobs.batch_infer import JOB_FLAGS, configuration, main, parser
 from jobs.flags import ENGINE_FLAGS
 from phi4ray.batch.parts import COLUMNS
@@ -72,7 +72,8 @@ def test_its_schemes_are_all_there_are() -> None:
 
 def test_its_flags_exist() -> None:
     known = {"--gpu-hour-price", "--config", "--address"}
-    for described in (parser(), finetune.parser(), evaluate.parser(), quantize.parser()):
+    parsers = parser, serve.parser, finetune.parser, evaluate.parser, quantize.parser
+    for described in (make() for make in parsers):
         known |= set(described.format_help().split())
     for flag in set(re.findall(r"`(--[a-z-]+)", README)):
         assert flag in known, flag
