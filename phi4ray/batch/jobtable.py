@@ -6,9 +6,9 @@ Replicas come and go, and have time for batch or not, so they ask for shards whe
 and hold them as leases. A replica that is silent has lost its leases. When no shard is left to
 hand out, one that has come along least is given to a second replica that is free (backup tasks of
 Dean and Ghemawat, "MapReduce", OSDI 2004, section 3.6): both write the same part, and the last one
-wins. A shard that went down with a replica may be what killed it: it goes after all others, when it
-happens again one such at a time to a replica, and after the third time it is given up. Everything
-here may be forgotten and told again: truth is in the parts. Pure: times are given.
+wins. A shard that went down with a replica may be what killed it: it goes after all others, after
+some such deaths one at a time to a replica, and is given up at last. Everything here may be
+forgotten and told again: truth is in the parts. Pure: times are given.
 """
 
 from collections import deque
@@ -33,14 +33,17 @@ BACKUP_AFTER_S = 15.0
 GRACE_S = 10.0
 """A table that has just started may not have been told of a job yet that replicas know."""
 
-MAX_LOST = 3
-"""A shard that went down with so many replicas is given up, and with one less it is a suspect."""
+MAX_DIED = 3
+"""A shard with which so many engines died is given up, and with one less it is a suspect."""
+
+MAX_LOST = 8
+"""The same of replicas that were lost without a word, with an engine's death or without one."""
 
 ENGINE_DIED = RowError(
     "engine_died",
-    f"{MAX_LOST} replicas were lost while they worked on this row and others of its part, of which "
-    "one may be what kills the engine: ask for them again in small numbers to find it, or later if "
-    "replicas were lost for another reason.",
+    "Engine after engine died at work on this row and others of its part, of which one may be what "
+    "kills them: ask for them again in small numbers to find it, or later if replicas were lost "
+    "for another reason.",
 )
 """What the rows of a shard get that is given up."""
 
@@ -65,7 +68,7 @@ class Report:
     """What a replica tells: all by name of job.
 
     `holding` has the shards that it works on, `wanted` how many more it would take. One that is
-    `draining` has dropped its shards, and takes no other.
+    `draining` has dropped its shards, and takes no other; one whose `engine_died` is about to end.
     """
 
     replica: str
@@ -76,6 +79,7 @@ class Report:
     finished: Sequence[tuple[str, Receipt]] = ()
     failed: Sequence[tuple[str, Phi4rayError]] = ()
     draining: bool = False
+    engine_died: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +138,8 @@ class _Entry:
     pending: deque[int]
     heard_s: float
     leases: dict[int, dict[str, float]] = field(default_factory=dict)
-    lost: dict[int, set[str]] = field(default_factory=dict)
-    """The replicas that a shard went down with."""
+    lost: dict[int, dict[str, bool]] = field(default_factory=dict)
+    """The replicas that a shard went down with, and of which the engine is known to have died."""
     done: set[int] = field(default_factory=set)
     given_up: list[int] = field(default_factory=list)
     receipts: list[Receipt] = field(default_factory=list)
@@ -209,10 +213,10 @@ class JobTable:
     def exchange(self, report: Report, now_s: float) -> Orders:
         """Take a replica's report, and tell it what to do."""
         self.engine = report.engine
-        if report.replica not in self._replicas:
+        if report.replica not in self._replicas and not report.engine_died:
             for each in self._jobs.values():  # it was only out of reach
                 for replicas in each.lost.values():
-                    replicas.discard(report.replica)
+                    replicas.pop(report.replica, None)
         self._replicas[report.replica] = now_s
         self._forget_silent_drivers(now_s)
         self._forget_silent_replicas(now_s)
@@ -222,10 +226,13 @@ class JobTable:
         for name, error in report.failed:
             if (entry := self._jobs.get(name)) and entry.failure is None:
                 entry.failure = error
-        if report.draining:
+        if report.draining or report.engine_died:
             del self._replicas[report.replica]
             for entry in self._jobs.values():
-                _leave(entry, report.replica)
+                if report.engine_died:
+                    _lose(entry, report.replica, died=True)
+                else:
+                    _leave(entry, report.replica)
             return Orders(live=frozenset())
         begin: dict[str, tuple[int, ...]] = {}
         drop: dict[str, frozenset[int]] = {}
@@ -259,7 +266,7 @@ class JobTable:
         for replica in [r for r, at in self._replicas.items() if now_s - at > SILENT_S]:
             del self._replicas[replica]
             for entry in self._jobs.values():
-                _lose(entry, replica)
+                _lose(entry, replica, died=False)
 
 
 def _finish(entry: _Entry, receipt: Receipt) -> None:
@@ -285,13 +292,12 @@ def _leave(entry: _Entry, replica: str) -> None:
         _release(entry, shard, replica)
 
 
-def _lose(entry: _Entry, replica: str) -> None:
+def _lose(entry: _Entry, replica: str, *, died: bool) -> None:
     """Take back all shards of a replica that is gone: they go last, or are given up."""
     entry.stats.pop(replica, None)
     for shard in _held(entry, replica):
-        lost = entry.lost.setdefault(shard, set())
-        lost.add(replica)
-        if len(lost) < MAX_LOST:
+        entry.lost.setdefault(shard, {})[replica] = died
+        if _more_to_lose(entry, shard):
             _release(entry, shard, replica, last=True)
         else:
             del entry.leases[shard]
@@ -314,8 +320,14 @@ def _release(entry: _Entry, shard: int, replica: str, *, last: bool = False) -> 
             entry.pending.appendleft(shard)
 
 
+def _more_to_lose(entry: _Entry, shard: int) -> int:
+    """How many more replicas a shard may go down with until it is given up; 0 at the last one."""
+    lost = entry.lost.get(shard, {})
+    return max(0, min(MAX_LOST - len(lost), MAX_DIED - sum(lost.values())))
+
+
 def _suspect(entry: _Entry, shard: int) -> bool:
-    return len(entry.lost.get(shard, ())) == MAX_LOST - 1
+    return _more_to_lose(entry, shard) == 1
 
 
 def _has_suspect(entry: _Entry, replica: str) -> bool:

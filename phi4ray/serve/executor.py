@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from phi4ray.batch.executor import TICK_S, Executor, shards_in_flight
-from phi4ray.batch.jobtable import ENGINE_DIED, MAX_LOST, Job, News, waits_for
+from phi4ray.batch.jobtable import ENGINE_DIED, Job, News, waits_for
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import Plan
 from phi4ray.batch.worker import WorkerStats
@@ -77,9 +77,9 @@ class TableExecutor:
                     raise news.failure
                 if given_up := [shard for shard in news.given_up if shard in todo]:
                     self._say(
-                        f"given up are shards {given_up}, which went down with {MAX_LOST} replicas "
-                        f"each: their rows get the error {ENGINE_DIED.code}. If the replicas' logs "
-                        "say that the engine died, look for the row that kills it"
+                        f"given up are shards {given_up}, with each of which replica after replica "
+                        f"went down: their rows get the error {ENGINE_DIED.code}. If the replicas' "
+                        "logs say that the engine died, look for the row that kills it"
                     )
                     gone = stopped_executor(ENGINE_DIED).run_shards(config, plan, given_up)
                     for made in gone:

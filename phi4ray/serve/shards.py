@@ -127,6 +127,7 @@ class ShardHost:
             finished=tuple(self._finished),
             failed=tuple(self._failed),
             draining=self._draining,
+            engine_died=self._engine_died,
         )
 
     def obey(self, report: Report, orders: Orders) -> None:
@@ -156,8 +157,6 @@ class ShardHost:
     def _wanted(self, running: _Running) -> int:
         """More shards only while rows go as they come: another replica may have room for them."""
         name = running.job.name
-        if self._engine_died:
-            return 0
         if self._harvest.waiting(name) > self._harvest.running(name):
             return 0
         return max(0, running.job.lanes - len(running.lanes))
@@ -185,18 +184,14 @@ class ShardHost:
             receipt = await worker.run(shard)  # `obey` replaces the list meanwhile
             self._finished.append((name, receipt))
         except EngineDeadError:
-            # This process is about to end. Until then it keeps the shard: the table is to know that
-            # they went down together.
-            self._engine_died = True
-            return
+            self._engine_died = True  # this process is about to end, and tells it until then
         except Phi4rayError as error:
             self._failed.append((name, error))
         except Exception as error:
             logger.exception("shard %d of %s", shard, name)
             self._failed.append((name, ClusterError(f"shard {shard} failed: {error!r}")))
         finally:
-            if not self._engine_died:
-                running.lanes.pop(shard, None)
+            running.lanes.pop(shard, None)
             self.changed.set()
 
     def _end_all(self, names: AbstractSet[str]) -> None:

@@ -11,6 +11,7 @@ from phi4ray.batch.jobtable import (
     BACKUP_AFTER_S,
     DRIVER_SILENT_S,
     GRACE_S,
+    MAX_DIED,
     MAX_LOST,
     SILENT_S,
     Job,
@@ -302,19 +303,26 @@ def test_the_first_failure_of_a_replica_fails_the_job_and_stops_it() -> None:
     assert str(news.failure) == "first"
 
 
-def lost_with(found: JobTable, names: str, now_s: float, wanted: int) -> float:
-    """Have one replica after the other take shards and go; gives the time after that."""
+def die(found: JobTable, name: str, now_s: float) -> None:
+    """Have a replica tell, as often as it can, that its engine died."""
+    for _ in range(3):
+        orders = found.exchange(Report(name, ENGINE, engine_died=True), now_s)
+        assert orders == Orders(live=frozenset())
+
+
+def lost_with(found: JobTable, names: str, now_s: float, wanted: int) -> None:
+    """Have one engine after the other die at work on some shards."""
     for name in names:
         replica = Replica(found, name)
         replica.exchange(now_s)
         replica.exchange(now_s, wanted)
-        now_s += SILENT_S + 1
-    return now_s
+        die(found, name, now_s)
 
 
-def test_a_shard_that_takes_replica_after_replica_down_is_given_up_and_no_other_one() -> None:
-    found = table(0, 1, 2)
-    now_s = lost_with(found, "ab", 100.0, wanted=5)
+def test_a_shard_that_takes_engine_after_engine_down_is_given_up_and_no_other_one() -> None:
+    assert MAX_DIED == 3
+    found, now_s = table(0, 1, 2), 100.0
+    lost_with(found, "ab", now_s, wanted=5)
     for name in "cd":
         # Any of the three may be what kills: no replica has two of them.
         assert Replica(found, name).exchange(now_s, wanted=5).begin == {
@@ -322,8 +330,8 @@ def test_a_shard_that_takes_replica_after_replica_down_is_given_up_and_no_other_
         }
     d = Replica(found, "d")
     d.holding, d.known = {"job": {1}}, {"job"}
-    assert d.exchange(now_s + SILENT_S - 1, wanted=5).begin == {"job": ()}
-    now_s += SILENT_S + 1
+    assert d.exchange(now_s, wanted=5).begin == {"job": ()}
+    die(found, "c", now_s)
     news = found.poll("job", 0, now_s)
     assert news is not None
     assert (news.given_up, news.leased, news.failure) == ((0,), 1, None)
@@ -332,10 +340,24 @@ def test_a_shard_that_takes_replica_after_replica_down_is_given_up_and_no_other_
     assert found.open_shards(ENGINE, 1, now_s) == 0
 
 
+def test_of_replicas_that_are_taken_away_without_a_word_a_shard_may_lose_some_more() -> None:
+    found, now_s = table(0), 100.0
+    for n in range(MAX_LOST):
+        news = found.poll("job", 0, now_s)
+        assert news is not None
+        assert news.given_up == ()
+        assert Replica(found, f"r{n}").exchange(now_s).begin == {"job": (0,)}
+        now_s += SILENT_S + 1
+    news = found.poll("job", 0, now_s)
+    assert news is not None
+    assert news.given_up == (0,)
+
+
 def test_a_replica_has_one_suspect_of_all_jobs() -> None:
     found = table(0)
     found.submit(job("other"), [5, 6], 100)
-    now_s = lost_with(found, "ab", 100.0, wanted=5)
+    now_s = 100.0
+    lost_with(found, "ab", now_s, wanted=5)
     found.submit(job("clean"), [7], 100)
     c = Replica(found, "c")
     assert c.exchange(now_s).begin == {"job": (0,), "other": (), "clean": (7,)}
@@ -366,7 +388,8 @@ def test_what_is_given_up_is_dropped_by_a_replica_that_has_it_after_all() -> Non
     found = table(0)
     a = Replica(found, "a")
     a.exchange(100)
-    now_s = lost_with(found, "bc", 101 + SILENT_S, wanted=1)
+    now_s = 101 + SILENT_S
+    lost_with(found, "bcd", now_s, wanted=1)
     news = found.poll("job", 0, now_s)
     assert news is not None
     assert news.given_up == (0,)
