@@ -49,19 +49,29 @@ def obtain_plan(config: BatchConfig, executor: Executor, *, dry_run: bool = Fals
     inputs = list_inputs(config)
     identity = identity_of(config, chat_template_text(config), fingerprint(config.engine))
     uri = join(config.output, PLAN_NAME)
-    storage = storage_for(uri)
     try:
-        plan = read_plan(storage.read(uri), uri)
+        plan = stored_plan(config.output)
     except ObjectNotFoundError:
         plan = scan_inputs(config, inputs, identity, executor)
         if dry_run:
             return plan
         # Another driver may be faster; what is read back tells whether it has the same job.
         with contextlib.suppress(PreconditionError):
-            storage.write_new(uri, plan.model_dump_json().encode())
-        plan = read_plan(storage.read(uri), uri)
+            storage_for(uri).write_new(uri, plan.model_dump_json().encode())
+        plan = stored_plan(config.output)
     check_same_job(plan, identity, inputs)
     return plan
+
+
+def stored_plan(output: str) -> Plan:
+    """The plan that lies below an output prefix.
+
+    Raises:
+        ObjectNotFoundError: there is none.
+        ConfigError: it cannot be used; see `read_plan`.
+    """
+    uri = join(output, PLAN_NAME)
+    return read_plan(storage_for(uri).read(uri), uri)
 
 
 def check_shared(config: BatchConfig, plan: Plan, node: str) -> None:
@@ -76,7 +86,7 @@ def check_shared(config: BatchConfig, plan: Plan, node: str) -> None:
     if uri.startswith("s3://"):
         return
     try:
-        found = read_plan(storage_for(uri).read(uri), uri).plan_id
+        found = stored_plan(config.output).plan_id
     except ObjectNotFoundError:
         found = None
     if found != plan.plan_id:

@@ -12,8 +12,8 @@ from phi4ray.batch.plan import (
     REPORT_NAME,
     SUCCESS_NAME,
     Plan,
-    read_plan,
 )
+from phi4ray.batch.planning import stored_plan
 from phi4ray.errors import InputError, ObjectNotFoundError
 from phi4ray.storage import join, storage_for
 
@@ -67,10 +67,8 @@ def read_results(output: str) -> Results:
         ConfigError: its plan is of another version of phi4ray.
         StorageError: the store cannot be read.
     """
-    uri = join(output, PLAN_NAME)
-    storage = storage_for(uri)
     try:
-        plan = read_plan(storage.read(uri), uri)
+        plan = stored_plan(output)
     except ObjectNotFoundError as error:
         raise InputError(
             f"no job has written to {output}: {PLAN_NAME} is not there. Give the --output of a "

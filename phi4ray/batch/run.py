@@ -15,8 +15,8 @@ from phi4ray.batch.executor import TICK_S, Executor, shards_in_flight
 from phi4ray.batch.manifest import check_receipts, list_parts, read_receipts, write_manifest
 from phi4ray.batch.pacing import rank_of
 from phi4ray.batch.parts import Receipt
-from phi4ray.batch.plan import PLAN_NAME, REPORT_NAME, SUCCESS_NAME, Plan, read_plan
-from phi4ray.batch.planning import obtain_plan
+from phi4ray.batch.plan import PLAN_NAME, REPORT_NAME, SUCCESS_NAME, Plan
+from phi4ray.batch.planning import obtain_plan, stored_plan
 from phi4ray.batch.progress import Progress
 from phi4ray.batch.progress_file import ProgressFile
 from phi4ray.batch.report import render_report
@@ -168,8 +168,8 @@ def finish(config: BatchConfig, plan: Plan, facts: RunFacts, executor: Executor)
         config.output, plan, sorted(list_parts(config.output, plan))
     )
     check_receipts(plan, receipts)
-    uri = join(config.output, PLAN_NAME)
-    if read_plan(storage_for(uri).read(uri), uri).plan_id != plan.plan_id:
+    if stored_plan(config.output).plan_id != plan.plan_id:
+        uri = join(config.output, PLAN_NAME)
         raise PlanMismatchError(f"{uri} was replaced by another job: run that one elsewhere")
     report_uri = join(config.output, REPORT_NAME)
     if facts.rows or not _exists(report_uri):  # a run that had nothing to do has nothing to tell

@@ -16,8 +16,8 @@ from rich.console import Console
 from phi4ray.batch.executor import InProcessExecutor
 from phi4ray.batch.export import export_part
 from phi4ray.batch.parts import Receipt
-from phi4ray.batch.plan import PLAN_NAME, Plan, read_plan
-from phi4ray.batch.planning import obtain_plan
+from phi4ray.batch.plan import PLAN_NAME, Plan
+from phi4ray.batch.planning import obtain_plan, stored_plan
 from phi4ray.batch.run import answer, finish
 from phi4ray.batch.tally import Tally
 from phi4ray.batches import states
@@ -254,7 +254,7 @@ class Job:
         """
         uri = join(config.output, PLAN_NAME)
         try:
-            return read_plan(self._store.storage.read(uri), uri)
+            return stored_plan(config.output)
         except ObjectNotFoundError:
             pass
         except ConfigError as error:

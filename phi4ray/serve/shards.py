@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from phi4ray.batch.answers import within
 from phi4ray.batch.jobtable import Job, Orders, Report
 from phi4ray.batch.parts import Receipt
-from phi4ray.batch.plan import PLAN_NAME, Plan, read_plan
+from phi4ray.batch.plan import PLAN_NAME
+from phi4ray.batch.planning import stored_plan
 from phi4ray.batch.worker import ShardWorker, WorkerStats, storage_retry
 from phi4ray.config import Endpoint, EngineConfig
 from phi4ray.demand import Lengths, Size
@@ -21,7 +22,7 @@ from phi4ray.errors import ClusterError, EngineDeadError, Phi4rayError, PlanMism
 from phi4ray.preemption import Preemptible
 from phi4ray.protocol import Answer, Json, KVState, Replica
 from phi4ray.serve.harvest import Harvest
-from phi4ray.storage import join, storage_for
+from phi4ray.storage import join
 
 BATCH_PRIORITY = 1000
 """For the engine's own scheduler: behind every online request, should its cache run full."""
@@ -162,14 +163,9 @@ class ShardHost:
         return max(0, running.job.lanes - len(running.lanes))
 
     async def _worker(self, job: Job) -> ShardWorker:
-        uri = join(job.config.output, PLAN_NAME)
-
-        @storage_retry
-        def read() -> Plan:
-            return read_plan(storage_for(uri).read(uri), uri)
-
-        plan = await asyncio.to_thread(read)
+        plan = await asyncio.to_thread(storage_retry(stored_plan), job.config.output)
         if plan.plan_id != job.plan_id:
+            uri = join(job.config.output, PLAN_NAME)
             raise PlanMismatchError(f"{uri} was replaced by another job: run that one elsewhere")
         config = job.config.model_copy(update={"request_timeout_s": None})
         replica = HarvestedReplica(

@@ -24,7 +24,7 @@ from tenacity import (
 
 from phi4ray.batch.executor import Executor
 from phi4ray.batch.parts import read_part, results_of
-from phi4ray.batch.plan import PLAN_NAME, read_plan
+from phi4ray.batch.planning import stored_plan
 from phi4ray.batch.rows import Request
 from phi4ray.batch.run import run_batch
 from phi4ray.config import BatchConfig, EngineConfig
@@ -80,8 +80,7 @@ class BatchAnswerer:
             storage_for(rows).write_new(rows, lines)
         config = BatchConfig(input=(rows,), output=join(folder, "answers"), engine=self.engine)
         run_batch(config, self._executor, self._console)
-        uri = join(config.output, PLAN_NAME)
-        plan = read_plan(storage_for(uri).read(uri), uri)
+        plan = stored_plan(config.output)
         found: dict[int, T] = {}
         for shard in plan.shards:
             for row in results_of(read_part(config.output, plan, shard.index)):
