@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,39 +58,29 @@ def _from_store(config: EngineConfig) -> EngineConfig:
             os.environ.setdefault("RUNAI_STREAMER_S3_ENDPOINT", endpoint)
             # Buckets of other servers than AWS's seldom have host names of their own.
             os.environ.setdefault("RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING", "0")
-        folder = download(uri, wanted=_is_no_weights)
+        folder = download(uri, weights=False)
         changes["engine_args"] = {"model_weights": uri, **config.engine_args}
     else:
         folder = download(uri)
     return config.model_copy(update={**changes, "model": str(folder)})
 
 
-def on_this_machine(model: str) -> str:
+def on_this_machine(model: str, *, weights: bool = True) -> str:
     """A model as libraries load it: the folder of its copy if it is in s3://, else as it is.
+
+    Its tokenizer and its configuration want no weights.
 
     Raises:
         StorageError: the model's objects cannot be read.
     """
-    return str(download(model)) if model.startswith("s3://") else model
+    return str(download(model, weights=weights)) if model.startswith("s3://") else model
 
 
-def described_on_this_machine(model: str) -> str:
-    """As `on_this_machine`, without weights: what its tokenizer and its configuration take."""
-    return str(download(model, wanted=_is_no_weights)) if model.startswith("s3://") else model
-
-
-def _is_no_weights(name: str) -> bool:
-    return not name.endswith(WEIGHTS)
-
-
-def download(uri: str, wanted: Callable[[str], bool] = lambda name: True) -> Path:
-    """Copy a checkpoint to this node, once for all its processes; others wait for the first.
-
-    `wanted` is asked of each name below the URI.
-    """
+def download(uri: str, *, weights: bool = True) -> Path:
+    """Copy a checkpoint to this node, once for all its processes; others wait for the first."""
     root = Path(os.environ.get(MODEL_CACHE) or Path.home() / ".cache" / "phi4ray" / "models")
     folder = root / hashlib.sha256(uri.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     # The kernel lets go of the lock of a process that dies; the next one goes on with the copy.
     with FileLock(f"{folder}.lock"):
-        return copy_tree(uri, folder, wanted)
+        return copy_tree(uri, folder, lambda name: weights or not name.endswith(WEIGHTS))

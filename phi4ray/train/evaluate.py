@@ -17,7 +17,7 @@ from rich.console import Console
 
 from phi4ray.batch.executor import Executor, InProcessExecutor
 from phi4ray.config import Config, EngineConfig, load_yaml, validated
-from phi4ray.engines import described_on_this_machine
+from phi4ray.engines import on_this_machine
 from phi4ray.errors import ConfigError
 from phi4ray.models import shape_of
 from phi4ray.storage import join, storage_for
@@ -204,7 +204,7 @@ def _tokenizer(engine: EngineConfig) -> Any:
     name = engine.tokenizer or engine.model
     try:
         return AutoTokenizer.from_pretrained(
-            described_on_this_machine(name), revision=engine.revision
+            on_this_machine(name, weights=False), revision=engine.revision
         )
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -214,7 +214,7 @@ def _tokenizer(engine: EngineConfig) -> Any:
 
 
 def _context(engine: EngineConfig) -> int:
-    shape = shape_of(described_on_this_machine(engine.model))
+    shape = shape_of(on_this_machine(engine.model, weights=False))
     if engine.max_model_len is None and shape is None:
         raise ConfigError(f"the context of {engine.model!r} is not known: set max_model_len")
     return engine.max_model_len or (shape.max_model_len if shape else 0)

@@ -21,7 +21,7 @@ from itertools import islice
 from rich.console import Console
 
 from phi4ray.batch.plan import Input
-from phi4ray.engines import described_on_this_machine
+from phi4ray.engines import on_this_machine
 from phi4ray.errors import InputError, ObjectNotFoundError, TooManyErrorsError
 from phi4ray.storage import join, storage_for
 from phi4ray.train.chats import Refused, read_chats
@@ -76,7 +76,7 @@ def finetune(config: FinetuneConfig, host: Host, console: Console) -> FinetuneSu
 
 def _prepare(config: FinetuneConfig, inputs: Sequence[Input], console: Console) -> FinetunePlan:
     """Tokenize the chats and keep them; the plan comes last, and says that all of it is there."""
-    tokenizer = load_tokenizer(described_on_this_machine(config.model), config.pad_token)
+    tokenizer = load_tokenizer(on_this_machine(config.model, weights=False), config.pad_token)
     console.print(f"padding with {tokenizer.pad_token}; answers end with {tokenizer.eos_token}")
     table, refused = tokenize(read_chats(inputs), tokenizer, config.max_length_tokens)
     _check(config, len(table), refused)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from phi4ray.config import EngineConfig
-from phi4ray.engines import MODEL_CACHE, described_on_this_machine, download, make_replica
+from phi4ray.engines import MODEL_CACHE, download, make_replica, on_this_machine
 from phi4ray.storage import copy_tree, join, s3, storage_for, upload_tree
 from phi4ray.storage.copy import PIECE_BYTES
 from phi4ray.train.tiny import make_tiny_model
@@ -148,7 +148,7 @@ def first_tokens(config: EngineConfig) -> list[int]:
 def test_a_tokenizer_and_a_configuration_come_without_weights_which_may_follow(
     proxy: FaultProxy, s3_prefix: str
 ) -> None:
-    folder = Path(described_on_this_machine(s3_prefix))
+    folder = Path(on_this_machine(s3_prefix, weights=False))
     assert contents(folder) == {"config.json": b"{}", "empty": b""}
     assert download(s3_prefix) == folder
     assert contents(folder) == FILES
