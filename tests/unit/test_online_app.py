@@ -45,6 +45,16 @@ async def client_of(app: OnlineApp, prefix: str = "") -> AsyncIterator[httpx.Asy
         yield client
 
 
+async def begun(
+    app: OnlineApp, request: Coroutine[Any, Any, httpx.Response]
+) -> "asyncio.Task[httpx.Response]":
+    """A request that runs on while others are sent."""
+    running = asyncio.create_task(request)
+    while not app.admission.running:
+        await asyncio.sleep(0)
+    return running
+
+
 def asked(
     app: OnlineApp,
     scenario: Callable[[httpx.AsyncClient], Coroutine[Any, Any, Any]],
@@ -128,9 +138,7 @@ def test_what_is_surely_too_long_waits_for_no_room_to_be_refused(
     )
 
     async def scenario(client: httpx.AsyncClient) -> None:
-        running = asyncio.create_task(client.post(CHAT, json=HELLO | {"max_tokens": 90}))
-        while not app.admission.running:
-            await asyncio.sleep(0)
+        running = await begun(app, client.post(CHAT, json=HELLO | {"max_tokens": 90}))
         assert (await client.post(path, json=body)).status_code == status
         assert (await running).status_code == 200
 
@@ -145,9 +153,7 @@ def test_no_request_counts_as_more_than_the_models_context() -> None:
     )
 
     async def scenario(client: httpx.AsyncClient) -> None:
-        running = asyncio.create_task(client.post(CHAT, json=HELLO | {"max_tokens": 250}))
-        while not app.admission.running:
-            await asyncio.sleep(0)
+        running = await begun(app, client.post(CHAT, json=HELLO | {"max_tokens": 250}))
         unknown = await client.post(COMPLETIONS, json={"prompt": "x" * 30_000})
         assert unknown.status_code == 400  # the engine's answer, who alone knows its length
         assert (await running).status_code == 200
@@ -169,9 +175,7 @@ def test_a_request_is_admitted_as_all_its_answers(
     app = online({"latency_s": 0.02})
 
     async def scenario(client: httpx.AsyncClient) -> None:
-        asking = asyncio.create_task(client.post(path, json=body))
-        while not app.admission.running:
-            await asyncio.sleep(0)
+        asking = await begun(app, client.post(path, json=body))
         assert app.admission.sequences == sequences
         assert tokens < app.admission.used_tokens < tokens + 10
         assert (await asking).status_code == 200
