@@ -20,10 +20,15 @@ ExecutorsOf = Callable[[ServeConfig], Executors]
 
 
 def on_service(_: ServeConfig) -> Executors:
-    """Executors on the application's own replicas, in what online traffic leaves."""
+    """Executors on the application's own replicas, in what online traffic leaves.
+
+    A batch asks for a model by the name that the service gives it, whatever runs behind that.
+    """
     application = serve.get_replica_context().app_name
     job_board(application)  # no replica may have started one yet
-    return lambda stopped: Board(application).executor(InProcessExecutor(), stopped)
+    return lambda stopped: Board(application).executor(
+        InProcessExecutor(), stopped, same_engine=False
+    )
 
 
 class BatchRunner:

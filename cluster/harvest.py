@@ -150,6 +150,10 @@ class Board:
         tasks: Executor,
         stopped: Callable[[], RowError | None] = lambda: None,
         say: Callable[[str], None] = logger.warning,
+        *,
+        same_engine: bool = True,
     ) -> TableExecutor:
         """Make the executor of a job on the application's replicas."""
-        return TableExecutor(self._application, self.ask, tasks, stopped, say)
+        return TableExecutor(
+            self._application, self.ask, tasks, stopped, say, same_engine=same_engine
+        )

@@ -52,7 +52,8 @@ ENGINE_DIED = RowError(
 class Job:
     """A job as its replicas need to know it. `lanes` is the shards a replica works on at once.
 
-    Room is shared by `weight` among jobs of the same `priority`; a lower one goes first.
+    Room is shared by `weight` among jobs of the same `priority`; a lower one goes first. With
+    `same_engine` a replica whose engine is another than that of its plan fails it.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Job:
     lanes: int
     weight: float = 1.0
     priority: int = 0
+    same_engine: bool = True
 
 
 @dataclass(frozen=True, slots=True)

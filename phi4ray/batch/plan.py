@@ -9,12 +9,12 @@ write the same bytes.
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
-from pydantic_core import from_json, to_json
+from pydantic_core import to_json
 
-from phi4ray.config import BatchConfig, Config
-from phi4ray.errors import ConfigError, PlanMismatchError
+from phi4ray.config import Config
+from phi4ray.errors import ConfigError
 
 PLAN_NAME = "_plan.json"
 MANIFEST_NAME = "_manifest.json"
@@ -23,16 +23,6 @@ REPORT_NAME = "_report.html"
 PROGRESS_NAME = "_progress.json"
 
 _ANSWERS = re.compile(r"(_parts/)?part-\d{6,}-[0-9a-f]{12}\.(parquet|output\.jsonl|errors\.jsonl)")
-
-ENGINE_IDENTITY = (
-    "kind", "model", "revision", "tokenizer", "quantization", "dtype", "kv_cache_dtype",
-    "load_format", "max_model_len", "seed", "reasoning_parser", "tool_call_parser",
-)  # fmt: skip
-"""The engine settings that decide answers; the others only decide speed."""
-
-
-MODEL_FILES = "engine.model_files"
-"""In a plan's identity: what `phi4ray.fingerprint` says, if anything."""
 
 
 class Input(Config):
@@ -118,34 +108,6 @@ class Plan(Config):
         return index if known else None
 
 
-def identity_of(
-    config: BatchConfig, chat_template: str | None, model_files: str | None = None
-) -> dict[str, Any]:
-    """What decides a job's answers, by its configuration names.
-
-    Not in it, because they may change between runs of one job: replicas, shard sizes, retries,
-    memory settings. `chat_template` is the text of the template, where the job sets one, and
-    `model_files` the model's fingerprint, where it is known.
-    """
-    engine = config.engine
-    identity = {
-        **{f"engine.{name}": getattr(engine, name) for name in ENGINE_IDENTITY},
-        "engine.model_name": engine.model_name,
-        "engine.chat_template": chat_template,
-        **{f"engine.{name}": value for name, value in engine.engine_args.items()},
-        "endpoint": config.endpoint,
-        "system_prompt": config.system_prompt,
-        **{f"sampling.{name}": value for name, value in config.sampling.items()},
-        "limit": config.limit,
-        "max_row_mib": config.max_row_mib,
-        "output_format": config.output_format,
-    }
-    if model_files is not None:
-        identity[MODEL_FILES] = model_files
-    # As it will be read from the plan: YAML has dates, and keys that are numbers.
-    return cast(dict[str, Any], from_json(to_json(identity, fallback=str, inf_nan_mode="null")))
-
-
 def pack(slices: Iterable[Slice], shard_rows: int, shard_bytes: int) -> Iterator[Shard]:
     """Put slices, in order, into shards of at most `shard_rows` rows and `shard_bytes` bytes.
 
@@ -229,48 +191,6 @@ class Sealed(Protocol):
 def is_answer(name: str) -> bool:
     """Whether an object with this name under an output prefix holds answers of some plan."""
     return _ANSWERS.fullmatch(name) is not None
-
-
-def check_same_job(plan: Sealed, identity: Mapping[str, Any], inputs: Sequence[Input]) -> None:
-    """Refuse to put other results under a prefix that already belongs to a plan.
-
-    Raises:
-        PlanMismatchError: names every setting and the first inputs that differ.
-    """
-    differences = [
-        f"{name} was {plan.identity.get(name)!r} and is now {identity.get(name)!r}"
-        for name in sorted(plan.identity.keys() | identity.keys())
-        if _value(plan.identity, name) != _value(identity, name)
-    ]
-    files = plan.identity.get(MODEL_FILES), identity.get(MODEL_FILES)
-    if None not in files and files[0] != files[1]:  # plans of old had none
-        differences.append(f"the files of engine.model {identity['engine.model']!r} are others")
-    old = {item.uri: item for item in plan.inputs}
-    new = {item.uri: item for item in inputs}
-    changes = [f"input {uri} is gone" for uri in old if uri not in new]
-    changes += [f"input {uri} is new" for uri in new if uri not in old]
-    changes += [
-        f"input {uri} changed (etag {old[uri].etag} is now {item.etag})"
-        for uri, item in new.items()
-        if uri in old and (old[uri].etag, old[uri].size) != (item.etag, item.size)
-    ]
-    if not changes and [item.uri for item in plan.inputs] != [item.uri for item in inputs]:
-        changes.append("the inputs come in another order")
-    if len(changes) > 5:
-        changes = [*changes[:5], f"and {len(changes) - 5} more inputs differ"]
-    if differences or changes:
-        listed = "\n".join(f"  {line}" for line in differences + changes)
-        raise PlanMismatchError(
-            f"the output prefix belongs to another job (plan {plan.plan_id}):\n{listed}\n"
-            "Use a new --output, or restore what differs to resume that job."
-        )
-
-
-def _value(identity: Mapping[str, Any], name: str) -> Any:
-    """A setting as it is compared: names of folders may end in a slash."""
-    value = None if name == MODEL_FILES else identity.get(name)
-    folder = name in ("engine.model", "engine.model_name", "engine.tokenizer")
-    return value.rstrip("/") if folder and isinstance(value, str) else value
 
 
 def read_plan(data: bytes, uri: str) -> Plan:

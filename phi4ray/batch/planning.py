@@ -10,13 +10,12 @@ import numpy as np
 
 from phi4ray.batch.carried import carried_schema, encode_schema
 from phi4ray.batch.executor import Executor
+from phi4ray.batch.identity import check_same_job, identity_of
 from phi4ray.batch.plan import (
     PLAN_NAME,
     Input,
     Plan,
     Slice,
-    check_same_job,
-    identity_of,
     is_answer,
     make_plan,
     pack,

@@ -5,6 +5,7 @@ loop goes on streaming online answers.
 """
 
 import json
+import logging
 import time
 from collections.abc import Callable
 
@@ -24,6 +25,8 @@ from phi4ray.errors import StorageError
 from phi4ray.serve.paths import BATCHES, FILES, of_batches
 from phi4ray.serve.responses import error_body, send_error
 from phi4ray.serve.state import State
+
+logger = logging.getLogger(__name__)
 
 
 class BatchApi:
@@ -88,7 +91,9 @@ async def _told(_: Request, error: Exception) -> Response:
         case ApiError():
             return _error(error.status, error.code, error.message, error.param)
         case StorageError():
-            return _error(503, "store_failed", f"the object store failed: {error}", None)
+            # Its message names buckets, which are the operator's business.
+            logger.error("the object store failed: %s", error)
+            return _error(503, "store_failed", "The object store failed. Try again later.", None)
         case HTTPException():
             code = "method_not_allowed" if error.status_code == 405 else "not_found"
             return _error(error.status_code, code, error.detail, None)

@@ -24,7 +24,8 @@ class TableExecutor:
     `ask` calls a method of the table, wherever it lives, by its name. `tasks` is what `map` runs
     on. `stopped` is asked at each tick: from when it gives an error, that is what every row without
     an answer gets, see `ShardWorker.stop`. `say` is told in words what a job waits for that no
-    replica works on.
+    replica works on. With `same_engine` the job ends where the application gets another engine than
+    the plan's.
     """
 
     def __init__(
@@ -34,12 +35,15 @@ class TableExecutor:
         tasks: Executor,
         stopped: Callable[[], RowError | None],
         say: Callable[[str], None],
+        *,
+        same_engine: bool = True,
     ) -> None:
         self._application = application
         self._ask = ask
         self._tasks = tasks
         self._stopped = stopped
         self._say = say
+        self._same_engine = same_engine
         self._stats: Mapping[str, WorkerStats] = {}
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
@@ -56,7 +60,9 @@ class TableExecutor:
         """See `Executor.run_shards`."""
         name = f"{plan.plan_id}-{uuid.uuid4().hex[:8]}"
         lanes = shards_in_flight(config, plan)
-        job = Job(name, config, plan.plan_id, lanes, config.weight, config.priority)
+        job = Job(
+            name, config, plan.plan_id, lanes, config.weight, config.priority, self._same_engine
+        )
         todo = dict.fromkeys(pending)
         seen, waiting = 0, ""
         stopping: RowError | None = None

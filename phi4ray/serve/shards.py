@@ -11,6 +11,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from phi4ray.batch.answers import within
+from phi4ray.batch.identity import check_same_engine
 from phi4ray.batch.jobtable import Job, Orders, Report
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import PLAN_NAME
@@ -167,6 +168,8 @@ class ShardHost:
         if plan.plan_id != job.plan_id:
             uri = join(job.config.output, PLAN_NAME)
             raise PlanMismatchError(f"{uri} was replaced by another job: run that one elsewhere")
+        if job.same_engine:
+            check_same_engine(plan, self._engine)
         config = job.config.model_copy(update={"request_timeout_s": None})
         replica = HarvestedReplica(
             self._replica, self._harvest, job.name, job.config.request_timeout_s

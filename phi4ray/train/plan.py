@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic_core import from_json, to_json
 
-from phi4ray.batch.plan import Input, check_same_job
+from phi4ray.batch.identity import check_same_job
+from phi4ray.batch.plan import Input
 from phi4ray.config import Config
 from phi4ray.errors import ConfigError, ObjectNotFoundError, PreconditionError
 from phi4ray.storage import expand, join, storage_for

@@ -8,6 +8,7 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import openai
@@ -151,6 +152,20 @@ def test_no_client_makes_two_batches_or_files_of_one(
         monkeypatch.undo()
         assert len(client.batches.list().data) == 1
         assert len(client.files.list().data) == 2
+
+
+def test_where_the_files_are_kept_is_in_the_log_and_not_told(
+    tmp_path: Any, monkeypatch: Any, caplog: Any
+) -> None:
+    with listening(service(str(tmp_path))) as url:
+        client = client_of(url)
+        error = TransientStorageError(f"GetObject: SlowDown: {tmp_path}/files")
+        monkeypatch.setattr(Store, "file", Mock(side_effect=error))
+        with pytest.raises(openai.InternalServerError) as told:
+            client.files.retrieve(UNKNOWN_FILE)
+    assert (told.value.status_code, told.value.code) == (503, "store_failed")
+    assert str(tmp_path) not in told.value.message
+    assert str(tmp_path) in caplog.text
 
 
 def test_a_service_without_a_store_says_that_it_has_no_batch_api() -> None:

@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phi4ray.batch.identity import check_same_engine, check_same_job, identity_of
 from phi4ray.batch.plan import (
     Input,
     Plan,
     Slice,
-    check_same_job,
-    identity_of,
     is_answer,
     make_plan,
     pack,
@@ -247,6 +246,15 @@ class TestSameJob:
         config = settings(engine={"engine_args": arguments})
         plan = read_plan(plan_of(config, INPUTS).model_dump_json().encode(), "u")
         check_same_job(plan, identity_of(config, None), INPUTS)
+
+    def test_another_engine_does_not_answer_the_rest_and_one_with_other_memory_does(self) -> None:
+        plan = plan_of(settings(engine={"revision": "a1"}), INPUTS)
+        plan = read_plan(plan.model_dump_json().encode(), "u")
+        check_same_engine(
+            plan, settings(engine={"revision": "a1", "gpu_memory_utilization": 0.5}).engine
+        )
+        with pytest.raises(PlanMismatchError, match=r"engine\.revision was 'a1' and is now 'b2'"):
+            check_same_engine(plan, settings(engine={"revision": "b2"}).engine)
 
     def test_a_chat_template_that_differs_is_named(self) -> None:
         plan = plan_of(settings(), INPUTS)

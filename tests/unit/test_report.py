@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from phi4ray.batch.charts import histogram_chart, line_chart, nice_ticks, quantile, short
+from phi4ray.batch.identity import identity_of
 from phi4ray.batch.parts import TOKEN_EDGES, Receipt, Result, histogram, make_receipt
-from phi4ray.batch.plan import Input, Plan, Shard, Slice, identity_of, make_plan
+from phi4ray.batch.plan import Input, Plan, Shard, Slice, make_plan
 from phi4ray.batch.progress import Sample
 from phi4ray.batch.report import render_report
 from phi4ray.batch.summary import RunFacts, print_summary, summarize

@@ -65,12 +65,15 @@ class Engine(FakeReplica):
 class Replica:
     """One replica: its engine, its online admission and its door for shards."""
 
-    def __init__(self, name: str, table: Callable[[], JobTable], **knobs: Any) -> None:
+    def __init__(
+        self, name: str, table: Callable[[], JobTable], model: str = ENGINE.model, **knobs: Any
+    ) -> None:
         self.engine = Engine(**knobs)
         self.admission = Admission(AdmissionConfig(), capacity_tokens=100_000, max_num_seqs=8)
         self.harvest = Harvest(HarvestConfig(idle_s=0.1), self.admission)
         self.engine.on_step = self.harvest.step
-        self._host = ShardHost(name, ENGINE, self.engine, self.harvest)
+        engine = ENGINE.model_copy(update={"model": model})
+        self._host = ShardHost(name, engine, self.engine, self.harvest)
         self._table = table
         self._task = asyncio.create_task(self._exchange())
 
@@ -102,6 +105,7 @@ class Fleet:
         self.table = JobTable(time.monotonic() - 100)
         self.replicas: list[Replica] = []
         self.stopped: RowError | None = None
+        self.same_engine = True
         self._made = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -133,7 +137,9 @@ class Fleet:
     def run_shards(
         self, config: BatchConfig, plan: Plan, pending: Sequence[int]
     ) -> Iterator[Receipt | None]:
-        executor = TableExecutor("phi4", self.ask, self, lambda: self.stopped, print)
+        executor = TableExecutor(
+            "phi4", self.ask, self, lambda: self.stopped, print, same_engine=self.same_engine
+        )
         return executor.run_shards(config, plan, pending)
 
     def close(self) -> None:
@@ -434,3 +440,36 @@ def test_a_plan_that_was_replaced_fails_the_job(
             finish(config, on)
     finally:
         on.close()
+
+
+def test_a_job_ends_where_its_service_gets_another_model_and_goes_on_where_it_is_back(
+    tmp_path: Path, fleet: Callable[..., Fleet]
+) -> None:
+    async def redeployed(on: Fleet) -> None:
+        old = on.start(latency_s=0.01)
+        while len(old.engine.bodies) < 50:
+            await asyncio.sleep(0.005)
+        on.start(model="tuned")
+        old.drain()
+
+    async def back(on: Fleet) -> None:
+        on.start()
+
+    config = planned(tmp_path, 200)
+    on = fleet(redeployed)
+    with pytest.raises(PlanMismatchError, match=r"engine\.model was 'tiny' and is now 'tuned'"):
+        finish(config, on)
+    assert not on.replicas[1].engine.bodies
+    again = fleet(back)
+    assert len(finish(config, again)) == 200
+    assert len(again.replicas[0].engine.bodies) < 200
+
+
+def test_a_batch_goes_on_with_whatever_model_has_its_name(
+    tmp_path: Path, fleet: Callable[..., Fleet]
+) -> None:
+    async def scenario(on: Fleet) -> None:
+        on.same_engine = False
+        on.start(model="tuned")
+
+    assert len(finish(planned(tmp_path, 20), fleet(scenario))) == 20
