@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from cluster.draining import exit_with_the_application
-from phi4ray.demand import max_tokens_of, prompt_of
+from phi4ray.demand import Size, prompt_of
 from phi4ray.protocol import Json
 from phi4ray.serve.routing import Load, PrefixRouter, RoutingConfig
 
@@ -59,11 +59,10 @@ class KVRouter(RequestRouter):
         args = pending_request.args if pending_request is not None else ()
         body = args[0] if args and isinstance(args[0], dict) else {}
         loads = {name: load_of(replica.routing_stats) for name, replica in replicas.items()}
-        limit = max_tokens_of(body)
-        prompt = prompt_of(body)
-        demand = len(prompt) / 4 + (limit or 256)
+        size = Size.of(body)
+        demand = size.ids + size.chars / 4 + (size.limit or 256 * size.sequences)
         # Ranks: when the first refuses, the next is asked.
-        return [[replicas[name]] for name in self._router.rank(prompt, demand, loads)]
+        return [[replicas[name]] for name in self._router.rank(prompt_of(body), demand, loads)]
 
 
 def load_of(stats: dict[str, float]) -> Load:

@@ -16,7 +16,7 @@ from phi4ray.batch.pacing import Pacer, Waiting, rank_of
 from phi4ray.batch.parts import Result
 from phi4ray.batch.rows import Request
 from phi4ray.config import BatchConfig
-from phi4ray.demand import Lengths, max_tokens_of, prompt_of, sequences_of
+from phi4ray.demand import Lengths, Size, max_tokens_of, prompt_of, sequences_of
 from phi4ray.protocol import Answer, Replica, RowError, refusal
 
 RETRY_STATUS = frozenset({408, 429, 500, 502, 503, 504})
@@ -228,10 +228,7 @@ class _Shard:
     def demand(self, row: Waiting) -> float:
         request = self._requests[row.at]
         assert request is not None
-        body = request.body
-        return self._answers.lengths.demand(
-            len(row.prompt), max_tokens_of(body), sequences=sequences_of(body)
-        )
+        return self._answers.lengths.demand(*Size.of(request.body))
 
     def begin(self, row: Waiting, tokens: float) -> None:
         request, self._requests[row.at] = self._requests[row.at], None
@@ -244,7 +241,7 @@ class _Shard:
         task.add_done_callback(lambda _: self._answers.pacer.release(tokens))
 
     async def _answer_row(self, row: Waiting, request: Request) -> None:
-        sequences = sequences_of(request.body)
+        size = Size.of(request.body)
         try:
             result = self.results[row.at] = await self._answers.one(self.results[row.at], request)
         except BaseException:
@@ -255,7 +252,10 @@ class _Shard:
         self._answers.held(result)
         if result.prompt_tokens:
             self._answers.lengths.observe(
-                len(row.prompt), result.prompt_tokens, result.completion_tokens or 0, sequences
+                size.chars,
+                result.prompt_tokens - size.ids,
+                result.completion_tokens or 0,
+                size.sequences,
             )
 
     def _withdraw(self) -> None:

@@ -106,6 +106,33 @@ def test_a_row_is_let_go_of_when_its_turn_comes(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": list(range(1000, 9000))},
+        {"prompt": "a", "tools": [{"type": "function", "description": "x" * 32_000}]},
+        {"prompt": "a", "system": "x" * 32_000},
+    ],
+)
+def test_all_that_a_row_gives_its_engine_counts_as_what_it_holds(
+    tmp_path: Path, body: Json
+) -> None:
+    async def scenario() -> None:
+        engine = Held(tmp_path)
+        answers = Answers(engine.settings, engine)
+        results, _ = shard("a")
+        task = asyncio.create_task(
+            answers.answer(0, results, [Request("/v1/completions", body | {"max_tokens": 1})])
+        )
+        while not engine.asked:
+            await asyncio.sleep(0)
+        assert answers.pacer.tokens == pytest.approx(8000, rel=0.1)
+        engine.go.set()
+        await task
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize(("room", "at_first"), [(0, 1), (1 << 30, 3)])
 def test_a_shard_waits_until_there_is_room_for_its_answers_and_one_always_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, at_first: int
