@@ -38,7 +38,7 @@ serve: $(READY) ## the tiny model with an OpenAI API on this machine, without a 
 test: lint ## lint and all tests
 	@$(BIN)/python -m pytest $(BESIDE)
 
-check: lint ## lint and the tests that need no engine and no cluster: under a minute
+check: lint ## lint and the tests that need no engine, no cluster and no training: under a minute
 	@$(BIN)/python -m pytest -q $(BESIDE) -m "not (engine or crash or cluster or slow)" tests/unit tests/contract
 
 lint: $(READY) ## ruff and mypy

@@ -523,6 +523,7 @@ def test_a_fake_fails_to_start_as_planned() -> None:
         Running(config)
 
 
+@pytest.mark.slow
 def test_forks_have_the_environment_that_their_owner_has_by_then(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

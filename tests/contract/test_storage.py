@@ -273,7 +273,10 @@ def test_a_tree_is_copied_once(prefix: str, tmp_path: Path) -> None:
         copy_tree(join(prefix, "no-model"), folder)
 
 
-@pytest.mark.parametrize("size", [0, 1, (64 << 20) + 1])  # the last one goes to S3 in parts
+@pytest.mark.parametrize(
+    "size",
+    [0, 1, pytest.param((64 << 20) + 1, marks=pytest.mark.slow)],  # which goes to S3 in parts
+)
 def test_a_file_is_written_as_it_is(prefix: str, tmp_path: Path, size: int) -> None:
     path = tmp_path / "file"
     path.write_bytes(os.urandom(size))

@@ -332,6 +332,7 @@ def test_more_demand_never_means_fewer_replicas(
     assert found == sorted(found)
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(
     loads,

@@ -218,6 +218,7 @@ def test_a_file_that_a_batch_reads_is_not_deleted(tmp_path: Any) -> None:
         assert client.batches.retrieve(batch_id).status == "completed"
 
 
+@pytest.mark.slow
 def test_a_file_goes_in_and_out_without_being_held(tmp_path: Any) -> None:
     size, chunk = 150 << 20, b"x" * (256 << 10)
     head = b'--B\r\ncontent-disposition: form-data; name="file"; filename="f"\r\n\r\n'

@@ -65,6 +65,7 @@ def test_a_job_that_cannot_be_planned_is_told_why(
     assert "nothing was written" in said
 
 
+@pytest.mark.slow
 def test_a_model_in_the_object_store_is_planned_by_its_own_config(
     s3_prefix: str, tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """The architecture, held by tests: who may import what, and the error tree as it is drawn."""
 
 import ast
+import functools
 import graphlib
 import inspect
 import pickle
@@ -25,6 +26,7 @@ def modules(*rooms: str) -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for path in found)
 
 
+@functools.cache
 def parse(module: str) -> ast.Module:
     return ast.parse((ROOT / module).read_text(encoding="utf-8"), module)
 

@@ -274,6 +274,7 @@ def test_the_fleet_exceeds_tokens_a_minute_by_no_more_than_one_interval_admits(
     assert_no_window_exceeds(per_minute, taken)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5), st.integers(0, 5)), max_size=60))
 def test_the_fleet_exceeds_requests_at_once_by_no_more_than_one_interval_admits(
     intervals: list[tuple[int, int, int]],

@@ -28,6 +28,7 @@ def full_collections(garbage: int) -> int:
     return int(gc.get_stats()[2]["collections"] - before)
 
 
+@pytest.mark.slow
 def test_full_collections_are_rare_and_as_before_afterwards() -> None:
     before = gc.get_threshold()
     with rare_collections():

@@ -178,6 +178,7 @@ def test_the_history_holds_what_the_report_draws() -> None:
     assert second.kv_used_fraction == 0.86
 
 
+@pytest.mark.slow
 @given(st.integers(1, 5 * MAX_SAMPLES), st.sampled_from([0.1, 0.5, 3.0]))
 def test_the_history_stays_small_and_spans_the_run(updates: int, step_s: float) -> None:
     progress = Progress(Console(file=io.StringIO(), quiet=True), interval_s=1e9)

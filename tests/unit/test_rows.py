@@ -333,6 +333,7 @@ members = st.sampled_from(
 likely = st.sampled_from(["POST", CHAT, "/v1/completions", "[]", "{}", HELLO, {"messages": HELLO}])
 
 
+@pytest.mark.slow
 @given(
     st.dictionaries(members, json_values | likely, max_size=6),
     st.sampled_from([CHAT, "/v1/completions", "/v1/embeddings"]),

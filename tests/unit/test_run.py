@@ -235,6 +235,7 @@ def test_other_machines_and_shard_sizes_go_on_with_the_plan_that_is_there(tmp_pa
     check_answers(config, 50)
 
 
+@pytest.mark.slow
 @budget(max_examples=10, deadline=None)
 @given(st.lists(st.integers(0, 4), max_size=6), st.integers(1, 30))
 def test_a_driver_that_dies_at_any_moment_loses_and_repeats_nothing(
@@ -624,6 +625,7 @@ def test_an_output_folder_that_is_another_one_on_a_node_is_refused(tmp_path: Pat
     check_shared(config.model_copy(update={"output": "s3://all/see"}), plan, "there")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("files", [3, 60])
 def test_what_a_task_is_sent_does_not_grow_with_the_job(tmp_path: Path, files: int) -> None:
     class Measured(InProcessExecutor):

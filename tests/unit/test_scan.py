@@ -92,6 +92,7 @@ def plan_of(config: BatchConfig, unit_bytes: int = 1 << 20) -> Plan:
         return scan_inputs(config, list_inputs(config), {}, InProcessExecutor())
 
 
+@pytest.mark.slow
 @budget(max_examples=120, deadline=None)
 @given(
     st.lists(file, min_size=1, max_size=4),

@@ -163,6 +163,7 @@ def told(control: StepControl) -> StepControl:
     return control
 
 
+@pytest.mark.slow
 @given(
     st.floats(0.003, 0.01), st.floats(1e-5, 1e-4), st.floats(5e-6, 5e-5), st.floats(0.02, 0.08),
     st.integers(0, 40),

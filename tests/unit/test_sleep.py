@@ -128,6 +128,7 @@ def test_an_engine_that_dies_asleep_is_told_as_dead() -> None:
     run(scenario)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.floats(0, 0.03), st.floats(0, 0.02), st.booleans()), max_size=8))
 def test_no_request_ever_meets_an_engine_that_sleeps(
     life: list[tuple[float, float, bool]],

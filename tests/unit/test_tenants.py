@@ -52,6 +52,7 @@ def test_a_broken_file_leaves_the_old_keys_and_says_so_once(
     assert ring.find("two", 30.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "broken", [b"a: 2024-13-45", b"[" * 5000, b"\xff\xfe\xff", b"a: [", b"a: \x00", None]
 )
