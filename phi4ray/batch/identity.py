@@ -85,7 +85,10 @@ def check_same_engine(plan: Sealed, engine: EngineConfig) -> None:
     Raises:
         PlanMismatchError: names every setting that differs.
     """
-    now = {f"engine.{name}": getattr(engine, name) for name in (*ENGINE_IDENTITY, "model_name")}
+    now = {
+        f"engine.{name}": engine.engine_args.get(name, getattr(engine, name))
+        for name in (*ENGINE_IDENTITY, "model_name")
+    }
     if differences := _differences(plan.identity, now, now):
         listed = "\n".join(f"  {line}" for line in differences)
         raise PlanMismatchError(

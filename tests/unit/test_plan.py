@@ -248,13 +248,12 @@ class TestSameJob:
         check_same_job(plan, identity_of(config, None), INPUTS)
 
     def test_another_engine_does_not_answer_the_rest_and_one_with_other_memory_does(self) -> None:
-        plan = plan_of(settings(engine={"revision": "a1"}), INPUTS)
+        engine = {"revision": "a1", "engine_args": {"seed": 3}}
+        plan = plan_of(settings(engine=engine), INPUTS)
         plan = read_plan(plan.model_dump_json().encode(), "u")
-        check_same_engine(
-            plan, settings(engine={"revision": "a1", "gpu_memory_utilization": 0.5}).engine
-        )
+        check_same_engine(plan, settings(engine=engine | {"gpu_memory_utilization": 0.5}).engine)
         with pytest.raises(PlanMismatchError, match=r"engine\.revision was 'a1' and is now 'b2'"):
-            check_same_engine(plan, settings(engine={"revision": "b2"}).engine)
+            check_same_engine(plan, settings(engine=engine | {"revision": "b2"}).engine)
 
     def test_a_chat_template_that_differs_is_named(self) -> None:
         plan = plan_of(settings(), INPUTS)
