@@ -214,7 +214,7 @@ def test_a_batch_outlives_a_change_of_the_engine_and_not_one_of_the_model(tmp_pa
         assert [error.code for error in batch.errors.data or ()] == ["model_not_found"]
 
 
-def test_a_broken_record_holds_nobody_else_up(tmp_path: Any) -> None:
+def test_a_broken_record_holds_nobody_else_up(tmp_path: Any, caplog: Any) -> None:
     config = service(str(tmp_path))
     store = Store(str(tmp_path))
     with listening(config) as url:
@@ -223,8 +223,9 @@ def test_a_broken_record_holds_nobody_else_up(tmp_path: Any) -> None:
         store.storage.write(store.uri(f"requests/everyone/{broken}.json"), b"{")
         with running(config):
             assert ended(client, whole).status == "completed"
-        with pytest.raises(openai.InternalServerError, match="no record"):
+        with pytest.raises(openai.InternalServerError, match="store failed"):
             client.batches.retrieve(broken)
+        assert "no record" in caplog.text
         assert Key("everyone", broken) in store.open_batches()
 
 
