@@ -11,7 +11,7 @@ from phi4ray.errors import PlanMismatchError
 
 ENGINE_IDENTITY = (
     "kind", "model", "revision", "tokenizer", "quantization", "dtype", "kv_cache_dtype",
-    "load_format", "max_model_len", "seed", "reasoning_parser", "tool_call_parser",
+    "load_format", "max_model_len", "seed", "reasoning_parser", "tool_call_parser", "model_name",
 )  # fmt: skip
 """The engine settings that decide answers; the others only decide speed."""
 
@@ -28,12 +28,10 @@ def identity_of(
     memory settings. `chat_template` is the text of the template, where the job sets one, and
     `model_files` the model's fingerprint, where it is known.
     """
-    engine = config.engine
     identity = {
-        **{f"engine.{name}": getattr(engine, name) for name in ENGINE_IDENTITY},
-        "engine.model_name": engine.model_name,
+        **_settings(config.engine),
         "engine.chat_template": chat_template,
-        **{f"engine.{name}": value for name, value in engine.engine_args.items()},
+        **_arguments(config.engine),
         "endpoint": config.endpoint,
         "system_prompt": config.system_prompt,
         **{f"sampling.{name}": value for name, value in config.sampling.items()},
@@ -85,16 +83,22 @@ def check_same_engine(plan: Sealed, engine: EngineConfig) -> None:
     Raises:
         PlanMismatchError: names every setting that differs.
     """
-    now = {
-        f"engine.{name}": engine.engine_args.get(name, getattr(engine, name))
-        for name in (*ENGINE_IDENTITY, "model_name")
-    }
-    if differences := _differences(plan.identity, now, now):
+    settings = _settings(engine)
+    if differences := _differences(plan.identity, settings | _arguments(engine), settings):
         listed = "\n".join(f"  {line}" for line in differences)
         raise PlanMismatchError(
             f"the job began with another engine (plan {plan.plan_id}):\n{listed}\n"
             "The same command goes on where that engine runs again."
         )
+
+
+def _settings(engine: EngineConfig) -> dict[str, Any]:
+    return {f"engine.{name}": getattr(engine, name) for name in ENGINE_IDENTITY}
+
+
+def _arguments(engine: EngineConfig) -> dict[str, Any]:
+    """They come before settings of the same name."""
+    return {f"engine.{name}": value for name, value in engine.engine_args.items()}
 
 
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> list[str]:

@@ -83,6 +83,11 @@ class Replica:
             self._host.obey(report, self._table().exchange(report, time.monotonic()))
             await asyncio.sleep(0.01)
 
+    async def asked(self, rows: int) -> None:
+        """Until its engine was asked so many."""
+        while len(self.engine.bodies) < rows:
+            await asyncio.sleep(0.005)
+
     def drain(self, draining: bool = True) -> None:
         self._host.drain(draining)
 
@@ -304,8 +309,7 @@ def test_a_replica_that_does_not_drain_after_all_works_on(
 ) -> None:
     async def scenario(on: Fleet) -> None:
         replica = on.start(latency_s=0.01)
-        while len(replica.engine.bodies) < 50:
-            await asyncio.sleep(0.005)
+        await replica.asked(50)
         replica.drain()
         await asyncio.sleep(0.1)
         replica.drain(False)
@@ -447,8 +451,7 @@ def test_a_job_ends_where_its_service_gets_another_model_and_goes_on_where_it_is
 ) -> None:
     async def redeployed(on: Fleet) -> None:
         old = on.start(latency_s=0.01)
-        while len(old.engine.bodies) < 50:
-            await asyncio.sleep(0.005)
+        await old.asked(50)
         on.start(model="tuned")
         old.drain()
 
