@@ -64,6 +64,9 @@ class EngineConfig(Config):
     max_num_batched_tokens: int = Field(16384, ge=1)
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
+    compilation_config: Mapping[str, Any] | None = Field(
+        None, description="vLLM's, as which CUDA graphs there are; decides speed alone"
+    )
     seed: int = 0
     disable_log_stats: bool = Field(True, description="Whether vLLM keeps no Prometheus metrics")
     chat_template: str | None = Field(None, description="Path or text; None: the checkpoint's")

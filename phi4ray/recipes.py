@@ -36,6 +36,17 @@ _PHI4_SAMPLING = {"temperature": 0.0, "max_tokens": 1024}
 # behind. More threads than one wait for each other where the cores have other work to do.
 _ONE_PROCESS = {"distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"}
 
+# Of vLLM's own graphs (up to 512 tokens, those with prompts in pieces) a step with one prompt beside
+# 224 sequences takes 39 ms, of these 27 (benchmarks/RESULTS.md): the CPU starts 600 kernels slower
+# than the card ends them.
+_GRAPHS_OF_WHOLE_STEPS = {
+    "cudagraph_mode": "FULL",
+    "cudagraph_capture_sizes": [
+        1, 2, 4, 8, *range(16, 512, 16), *range(512, 1024, 32), *range(1024, 2048, 64),
+        *range(2048, 4097, 128),
+    ],
+}  # fmt: skip
+
 _RECIPES = (
     Recipe(
         name="phi4-fp8-h200",
@@ -54,6 +65,7 @@ _RECIPES = (
                 # As many tokens a second as with 16,384, and a request that comes to a replica
                 # full of batch rows waits for steps a quarter as long (benchmarks/RESULTS.md).
                 "max_num_batched_tokens": 4096,
+                "compilation_config": _GRAPHS_OF_WHOLE_STEPS,
             },
             "sampling": _PHI4_SAMPLING,
         },
