@@ -13,7 +13,7 @@ export VLLM_NO_USAGE_STATS := 1
 BESIDE := --numprocesses 2 --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo circle serve test check lint format monitoring clean
+.PHONY: help venv demo circle serve test check soak lint format monitoring clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ test: lint ## lint and all tests
 
 check: lint ## lint and the tests that need no engine, no cluster and no training: under a minute
 	@$(BIN)/python -m pytest -q $(BESIDE) -m "not (engine or crash or cluster or slow)" tests/unit tests/contract
+
+soak: $(READY) ## the long tests at full length: more kills, more requests, half an hour
+	@PHI4RAY_SOAK=1 $(BIN)/python -m pytest $(BESIDE) tests/crash tests/cluster
 
 lint: $(READY) ## ruff and mypy
 	@$(BIN)/ruff check
