@@ -5,8 +5,10 @@ It runs in virtual time, on an event loop of its own, so that the asyncio parts 
 measured figures of one H200 with Phi-4 in FP8 (benchmarks/RESULTS.md):
 
 * Without prompts a step takes 5.8 ms and 55 us a sequence: 6.2 ms with 5 of them, 20 with 252.
-* With prompts it takes 11 ms more, and 23.8 us a token of them and 53 us a sequence: 43 ms with 252
-  sequences and one prompt of 512 tokens, 104 with six, 137.5 with 816 sequences and 6.3 prompts.
+* With prompts it takes 2 ms more, and 25.2 us a token of them and 53 us a sequence: with 224
+  sequences 33 ms with one prompt of 512 tokens, 71 with four and 97 with six, measured 27.5, 69.9
+  and 95.3; 132 with 816 sequences and 6.3 prompts, measured 137.5. So it is where a CUDA graph is
+  of the whole step; with vLLM's own it is 11 ms more.
 * A request takes the front end 1 ms, a batch row, which comes by no HTTP, half of that; a token
   60 us in a stream and 10 us in a row.
 """
@@ -28,9 +30,9 @@ class Speed:
 
     step_s: float = 5.8e-3
     decode_s: float = 55e-6
-    prompts_s: float = 11e-3
+    prompts_s: float = 2e-3
     """More for a step with prompts, of which each token then takes `prompt_s`."""
-    prompt_s: float = 23.8e-6
+    prompt_s: float = 25.2e-6
     mixed_s: float = 53e-6
     """Of a sequence, in a step with prompts."""
     most_tokens: int = 4096

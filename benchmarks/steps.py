@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from sweep import changed
 
+TOKENS = [0, 64, 256, 512, 1024, 2048, 3072]
 WARM = 5
 
 
@@ -33,10 +34,10 @@ def main() -> None:
     add = parser.add_argument
     add("--engine", choices=sorted(ENGINES), default="cpu")
     add("--sequences", type=int, nargs="+", default=[32, 224], help="that generate [32 224]")
-    add("--tokens", type=int, nargs="+", default=[0, 64, 256, 512, 1024, 2048, 3072], help="of prompts")
+    add("--tokens", type=int, nargs="+", default=TOKENS, help="of a step's prompts")
     add("--prompt", type=int, default=512, help="tokens of a prompt [512]")
     add("--steps", type=int, default=24, help="of each kind [24]")
-    add("--profile", type=int, nargs="*", default=[], help="tokens of prompts whose kernels to tell")
+    add("--profile", type=int, nargs="*", default=[], help="tokens of steps to tell by kernel")
     add("--changes", nargs="*", default=[], metavar="KEY=VALUE[,…]")
     add("--run", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -94,7 +95,7 @@ def ask(engine: Any, tokens: int, answer: int) -> str:
 
 
 def timed(engine: Any, arguments: argparse.Namespace, tokens: int) -> float:
-    """Mean seconds of a step; those before, whose answers may still be on their way, not counted."""
+    """Mean seconds of a step; the first ones, beside which others are on their way, not counted."""
     began = 0.0
     for step in range(WARM + arguments.steps):
         if step == WARM:

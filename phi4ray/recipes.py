@@ -36,9 +36,9 @@ _PHI4_SAMPLING = {"temperature": 0.0, "max_tokens": 1024}
 # behind. More threads than one wait for each other where the cores have other work to do.
 _ONE_PROCESS = {"distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"}
 
-# Of vLLM's own graphs (up to 512 tokens, those with prompts in pieces) a step with one prompt beside
-# 224 sequences takes 39 ms, of these 27 (benchmarks/RESULTS.md): the CPU starts 600 kernels slower
-# than the card ends them.
+# With vLLM's own graphs (up to 512 tokens, those with prompts in pieces) a step with one prompt
+# beside 224 sequences takes 39 ms, with these 27 (benchmarks/RESULTS.md): the CPU starts kernels
+# slower than the card ends them.
 _GRAPHS_OF_WHOLE_STEPS = {
     "cudagraph_mode": "FULL",
     "cudagraph_capture_sizes": [
@@ -77,9 +77,9 @@ _RECIPES = (
             "lookahead_s": 100.0,
             "downscale_delay_s": 90.0,
         },
-        # What online requests have at p99 where they alone fill the card is 49 to 59 ms. Steps with
-        # lumps of this size reach the target, while one is on its way (benchmarks/RESULTS.md).
-        harvest={"target_tpot_ms": 50.0, "prefill_tokens": 3072},
+        # What online requests have at p99 where they alone fill the card is 48 ms. By simulation:
+        # with 50 ms and 3,072, as measured, first tokens came late (benchmarks/RESULTS.md).
+        harvest={"target_tpot_ms": 46.0, "prefill_tokens": 2560},
     ),
     Recipe(
         name="phi4-bf16-h200",

@@ -1,4 +1,4 @@
-"""How long the long tests are: `make soak` has them at full length, CI each thing that can happen."""
+"""How long the long tests are: at full length in `make soak`, in CI with one of each event."""
 
 import os
 from typing import TypeVar
