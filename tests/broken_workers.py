@@ -67,18 +67,6 @@ class Breaking(ShardCalls):
         raise EngineDeadError(f"the engine died in shard {index}")
 
 
-class Stopped(RayShardWorker):
-    """A worker that leaves a file when its replica is stopped."""
-
-    def __init__(self, config: BatchConfig, **others: Any) -> None:
-        super().__init__(config=config, **others)
-
-        async def stop() -> None:
-            first(config, "stopped")
-
-        self._calls._replica.stop = stop  # type: ignore[union-attr, method-assign]
-
-
 class BreakingLast(Breaking):
     """It does so when its own shards are the only ones left."""
 
@@ -101,12 +89,25 @@ class Counting(ShardCalls):
         return worker
 
 
+class Telling(RayShardWorker):
+    """A `Counting` that leaves a file when its replica is stopped."""
+
+    def __init__(self, config: BatchConfig, **others: Any) -> None:
+        self._calls = Counting(config, **others)
+        file = Path(config.output).parent / f"stopped-{self._calls._name}"
+
+        async def stop() -> None:  # which does not refer to this worker: Ray lets go of it
+            file.touch()
+
+        self._calls._replica.stop = stop  # type: ignore[union-attr, method-assign]
+
+
 class Several(RayExecutor):
-    """As many replicas on a node as a test wants."""
+    """Two replicas on a node."""
 
     def __init__(self, worker: type[Any], *arguments: Any) -> None:
         super().__init__(*arguments)
         self.worker = worker
 
     def _fits(self, engine: EngineConfig) -> int:
-        return 4
+        return 2

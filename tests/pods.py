@@ -197,10 +197,14 @@ class Pod:
         log = self.folder / "log"
         return log.read_text(errors="replace") if log.exists() else ""
 
-    def passes(self, name: str) -> bool:
-        """Ask what kubelet asks, and without a token as it does."""
-        get = self._ray[name]["httpGet"]
-        ports = {one["name"]: one["containerPort"] for one in self._ray["ports"]}
+    def passes(self, name: str, group: Object | None = None) -> bool:
+        """Ask what kubelet asks, and without a token as it does; of another group, if one is named.
+
+        That one starts its pods with the same commands.
+        """
+        ray = container(group or self.group)
+        get = ray[name]["httpGet"]
+        ports = {one["name"]: one["containerPort"] for one in ray["ports"]}
         port = ports.get(get["port"], get["port"])
         port = AGENT_HERE if port == AGENT else port
         try:

@@ -24,10 +24,11 @@ from tests.batch_service import (
     wait,
 )
 from tests.processes import kill_family
+from tests.soak import at_length
 from tests.waiting import free_port, until_ready
 
 ROOT = Path(__file__).parents[2]
-ROWS = 600
+ROWS = at_length(240, 600)
 pytestmark = [pytest.mark.cluster, pytest.mark.crash, pytest.mark.timeout(400)]
 
 
@@ -56,7 +57,9 @@ def started(command: list[str], log: Path) -> Iterator[tuple[str, psutil.Popen]]
     with log.open("wb") as stream:
         server = psutil.Popen(
             [*command, "--port", str(port)],
-            cwd=ROOT, stdout=stream, stderr=stream, env=dict(os.environ),
+            cwd=ROOT, stdout=stream, stderr=stream,
+            # Of routers one will do where nothing is deployed anew.
+            env=os.environ | {"RAY_SERVE_INGRESS_ROUTER_REPLICAS_PER_NODE": "1"},
         )  # fmt: skip
         try:
             until_ready(url, server, log, 120)
@@ -69,7 +72,7 @@ def test_a_batch_survives_the_death_of_its_runner_and_of_the_whole_application(
     command: list[str], tmp_path: Path
 ) -> None:
     # A file that no proxy on the way takes for a small body.
-    rows = [line(number, padding="x" * 4000) for number in range(ROWS)]
+    rows = [line(number, padding="x" * 10_000) for number in range(ROWS)]
     with started(command, tmp_path / "first.log") as (url, server):
         client = client_of(url)
         batch_id = create(client, upload(client, *rows)).id

@@ -1,9 +1,11 @@
 """Dry runs of the manifests: what they say is run as they say it, on pods of this machine."""
 
+import copy
 import io
 import re
-import tempfile
+import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from phi4ray.storage import join, storage_for, upload_tree
+from phi4ray.storage import join, s3, storage_for, upload_tree
 from phi4ray.train.tiny import make_tiny_model
 from tests.manifests import (
     ROOT,
-    clusters,
+    Object,
     container,
+    groups,
     jobs,
     needs_kustomize,
     of_kind,
-    overlay,
     with_values,
 )
 from tests.pods import DASHBOARD, HEAD, TOKEN, WORKER, Cluster, build_image, needs_namespaces
@@ -34,10 +36,64 @@ DOCUMENTED = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 """What docs/operations.md tells to put into the Secret phi4ray-object-store."""
 
 
+@dataclass(frozen=True)
+class Applied:
+    """A RayJob and a RayService on one cluster; the job's data is under `prefix`."""
+
+    cluster: Cluster
+    job: Object
+    service: Object
+    prefix: str
+
+
 @pytest.fixture(scope="module")
-def image() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield build_image(Path(folder))
+def applied(s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Applied]:
+    """The pods of the RayService, with the file of the RayJob's settings.
+
+    To start, the job's pods have the same commands in the same environments and no other files.
+    """
+    folder = tmp_path_factory.mktemp("manifests")
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    httpx.put(f"{s3_endpoint}/{bucket}").raise_for_status()
+    prefix = f"s3://{bucket}/folder/"
+    settings = {
+        "input": [join(prefix, "prompts/")],
+        "output": join(prefix, "answers/"),
+        "engine": {"model": join(prefix, "tiny-phi-4")},
+    }
+    values = {"s3Endpoint": s3_endpoint, "job.yaml": yaml.safe_dump(settings)}
+    found = {}
+    for name in ("batch", "service"):
+        (folder / name).mkdir()
+        found[name] = with_values(folder / name, f"cpu-tiny/{name}", **values)
+    [job], [service] = jobs(found["batch"]), of_kind(found["service"], "RayService")
+    spec = copy.deepcopy(service["spec"]["rayClusterConfig"])
+    for mine, its in zip(groups(spec), groups(job["rayClusterSpec"]), strict=True):
+        assert mine["rayStartParams"] == its["rayStartParams"]
+        ours, theirs = container(mine), container(its)
+        for same in ("image", "env", "envFrom", "resources", "livenessProbe"):
+            assert ours[same] == theirs[same]
+        added = [mount for mount in theirs["volumeMounts"] if mount not in ours["volumeMounts"]]
+        assert [mount["name"] for mount in added] == ["job"]
+        ours["volumeMounts"] += added
+        mine["template"]["spec"]["volumes"] += [
+            volume for volume in its["template"]["spec"]["volumes"] if volume["name"] == "job"
+        ]
+    secrets = {"phi4ray-object-store": DOCUMENTED}
+    image = build_image(folder / "image")
+    cluster = Cluster(image, folder / "pods", found["batch"], spec, secrets)
+    with cluster.running():
+        yield Applied(cluster, job, service, prefix)
+
+
+@pytest.fixture
+def prefix(applied: Applied, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The folder of the job's data, to which the AWS variables lead from here too."""
+    for name, value in {**DOCUMENTED, "AWS_ENDPOINT_URL": s3_endpoint}.items():
+        monkeypatch.setenv(name, value)
+    s3._client.cache_clear()
+    yield applied.prefix
+    s3._client.cache_clear()
 
 
 def parts(prefix: str) -> dict[str, bytes]:
@@ -51,47 +107,39 @@ def rows(found: dict[str, bytes]) -> list[dict[str, Any]]:
 
 
 def test_the_job_of_a_rayjob_answers_all_rows_and_a_retry_of_it_none_again(
-    image: Path, s3_prefix: str, s3_endpoint: str, tmp_path: Path
+    applied: Applied, prefix: str, tmp_path: Path
 ) -> None:
-    prompts, answers = join(s3_prefix, "prompts/"), join(s3_prefix, "answers/")
+    cluster, job = applied.cluster, applied.job
+    prompts, answers = join(prefix, "prompts/"), join(prefix, "answers/")
     for path in (ROOT / "examples").glob("*.jsonl"):
         storage_for(prompts).write(join(prompts, path.name), path.read_bytes())
-    model = join(s3_prefix, "tiny-phi-4")
-    upload_tree(make_tiny_model(tmp_path / "tiny"), model)
-    settings = {"input": [prompts], "output": answers, "engine": {"model": model}}
-    objects = with_values(
-        tmp_path, "cpu-tiny/batch", s3Endpoint=s3_endpoint, **{"job.yaml": yaml.safe_dump(settings)}
-    )
-    [job] = jobs(objects)
-    secrets = {"phi4ray-object-store": DOCUMENTED}
-    cluster = Cluster(image, tmp_path / "pods", objects, job["rayClusterSpec"], secrets)
-    with cluster.running():
-        for pod in (cluster.head, cluster.worker):
-            until(partial(pod.passes, "readinessProbe"), 60, pod.log)
-        code, said = cluster.submit("first", job["entrypoint"])
-        assert code == 0, said
-        done = parts(answers)
-        found = rows(done)
-        assert len(found) == 10
-        # An error row is no reason to try again: the job has ended well.
-        assert [row["error_code"] for row in found if row["error_code"]] == ["empty_messages"]
-        code, said = cluster.submit("retry", job["entrypoint"])
-        assert code == 0, said
-        assert "in 1 parts, 1 of them done" in said
-        assert parts(answers) == done
+    upload_tree(make_tiny_model(tmp_path / "tiny"), join(prefix, "tiny-phi-4"))
+    pods = cluster.head, cluster.worker
+    for pod, group in zip(pods, groups(job["rayClusterSpec"]), strict=True):
+        until(partial(pod.passes, "readinessProbe", group), 60, pod.log)
+    code, said = cluster.submit("first", job["entrypoint"])
+    assert code == 0, said
+    done = parts(answers)
+    found = rows(done)
+    assert len(found) == 10
+    # An error row is no reason to try again: the job has ended well.
+    assert [row["error_code"] for row in found if row["error_code"]] == ["empty_messages"]
+    # On the head, where a Ray job would run it.
+    code, said = cluster.head.run("bash", "-c", job["entrypoint"], timeout_s=600)
+    assert code == 0, said
+    assert "in 1 parts, 1 of them done" in said
+    assert parts(answers) == done
 
 
 @pytest.mark.engine
-def test_the_application_of_a_rayservice_answers_a_chat(image: Path, tmp_path: Path) -> None:
-    objects = overlay("cpu-tiny/service")
-    [service] = of_kind(objects, "RayService")
-    [spec] = clusters(objects)
-    cluster = Cluster(image, tmp_path / "pods", objects, spec, {})
+def test_the_application_of_a_rayservice_answers_a_chat(applied: Applied) -> None:
+    cluster, service = applied.cluster, applied.service
+    spec = service["spec"]["rayClusterConfig"]
     dashboard = httpx.Client(
         base_url=DASHBOARD, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60
     )
     deployed = yaml.safe_load(service["spec"]["serveConfigV2"])
-    with cluster.running(), dashboard:
+    with dashboard:
 
         def status() -> str:
             found = dashboard.get("/api/serve/applications/").raise_for_status().json()

@@ -7,20 +7,25 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 
 from phi4ray.train.tiny import make_tiny_model
+from tests.small_jobs import prompts, write_lines
+from tests.soak import at_length
 from tests.waiting import free_port, until_ready
 
 ROOT = Path(__file__).parents[2]
@@ -34,9 +39,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@dataclass(frozen=True)
+class Service:
+    """Where the tiny model is served, and the process that all of the service is below."""
+
+    url: str
+    process: psutil.Popen
+
+
 @pytest.fixture(scope="module")
-def base_url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where the tiny model is served."""
+def service(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The tiny model, served."""
     folder, port = tmp_path_factory.mktemp("serve"), free_port()
     command = [
         sys.executable, "jobs/serve.py", "--recipe", "tiny-cpu", "--model", str(model),
@@ -47,14 +60,23 @@ def base_url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     url = f"http://127.0.0.1:{port}"
 
     with (folder / "log").open("wb") as log:
-        environment = os.environ | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2"}
+        environment = os.environ | {
+            "RAY_AUTH_MODE": "disabled",  # no token is left on this machine
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+            "RAY_SERVE_INGRESS_ROUTER_REPLICAS_PER_NODE": "1",  # nothing is deployed anew
+        }
         server = psutil.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         try:
             until_ready(url, server, folder / "log", 300)
-            yield url
+            yield Service(url, server)
         finally:
             server.send_signal(signal.SIGINT)
             assert server.wait(120) == 0, (folder / "log").read_text(errors="replace")[-5000:]
+
+
+@pytest.fixture(scope="module")
+def base_url(service: Service) -> str:
+    return service.url
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +229,63 @@ def test_vllms_metrics_and_ours_are_on_one_page(base_url: str, client: openai.Op
     assert any(name.startswith("phi4ray:requests_total{") for name in found)
 
 
+def test_online_requests_are_answered_at_once_while_a_batch_job_fills_the_engine(
+    service: Service, tmp_path: Path
+) -> None:
+    rows = 240
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(rows))
+    before = metrics(service.url)
+    command = [
+        sys.executable, "jobs/batch_infer.py", "--serve", "phi4", "--input", f"{tmp_path}/in/",
+        "--output", f"{tmp_path}/out", "--shard-rows", "50",
+        "--set", "max_tokens=32", "temperature=0", "ignore_eos=true",
+    ]  # fmt: skip
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": ray_address(service)}
+    job = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+    while metrics(service.url)["phi4ray:batch_rows"] < 16 and job.poll() is None:
+        time.sleep(0.1)
+    body = {"model": MODEL, "prompt": "hi", "max_tokens": 16, "ignore_eos": True}
+    with httpx.Client(base_url=service.url, timeout=60) as client:
+        # As many as the engine has places: all are batch rows', and all are given up.
+        answers: list[httpx.Response] = []
+        threads = [
+            threading.Thread(
+                target=lambda: answers.append(client.post("/v1/completions", json=body))
+            )
+            for _ in range(16)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [answer.status_code for answer in answers] == [200] * 16
+    found = metrics(service.url)
+    assert found["phi4ray:batch_aborted_rows"] > 0
+    preempted = 'vllm:num_preemptions_total{engine="0",model_name="phi-4"}'
+    assert found[preempted] == before[preempted]
+    assert job.wait(300) == 0, job.communicate()[0]
+    parts = sorted(tmp_path.glob("out/**/*.parquet"))
+    answered = [row for part in parts for row in pq.read_table(part).to_pylist()]
+    assert sorted(row["n"] for row in answered) == list(range(rows))
+    assert {row["completion_tokens"] for row in answered} == {32}
+    assert {row["error_code"] for row in answered} == {None}
+
+
+def ray_address(service: Service) -> str:
+    """What RAY_ADDRESS is of the cluster that a service has started."""
+    commands = (process.cmdline() for process in service.process.children(recursive=True))
+    [address] = {
+        argument.removeprefix("--gcs-address=")
+        for command in commands
+        for argument in command
+        if command[0].endswith("/raylet") and argument.startswith("--gcs-address=")
+    }
+    return address
+
+
 def test_the_histograms_that_latency_is_asked_of_have_counted(
     base_url: str, client: openai.OpenAI
 ) -> None:
@@ -264,6 +343,7 @@ def test_vllms_own_benchmark_gets_every_answer(base_url: str, model: Path, tmp_p
     assert found["median_ttft_ms"] > 0
 
 
+EXAMPLES = at_length(8, 25)
 ASKED_MOST = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
 
 
@@ -272,7 +352,7 @@ def test_no_input_makes_a_server_error(path: str, base_url: str) -> None:
     """Requests that schemathesis makes up from the application's own OpenAPI description."""
     described = schemathesis.openapi.from_url(f"{base_url}/openapi.json")
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
     @given(described[path]["POST"].as_strategy())
     def ask(case: schemathesis.Case) -> None:
         case.call_and_validate(base_url=base_url, checks=[not_a_server_error], timeout=60)
