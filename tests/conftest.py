@@ -25,8 +25,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "phi4ray"))
 # Of the tests with clusters, the files that deploy no application of Ray Serve.
 WITHOUT_SERVE = {
     f"tests/cluster/test_{name}.py"
-    for name in ("broken", "cli_jobs", "finetune", "fit", "job", "limits", "local", "readme")
-} | {"tests/cluster/test_shared.py", "tests/cluster/test_stop.py"}
+    for name in ("finetune", "fit", "job", "limits", "local", "readme", "shared", "stop")
+}
 
 
 class SideBySide(LoadScopeScheduling):  # type: ignore[misc]
