@@ -34,6 +34,8 @@ with connected(num_cpus=4), deployed(serve_config(json.loads(sys.argv[2])), "127
     sys.stdout.flush()
     for line in sys.stdin:
         serve.run(application(serve_config(json.loads(line))), name="phi4", route_prefix="/")
+        sys.stdout.write("\\nchanged\\n")
+        sys.stdout.flush()
 """  # noqa: E501
 
 
@@ -71,6 +73,10 @@ class Service:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(config) + "\n")
         self.process.stdin.flush()
+
+    def until_changed(self) -> None:
+        """Wait until it runs so."""
+        assert any(line == "changed\n" for line in self.process.stdout or ())
 
     def replicas(self) -> list[psutil.Process]:
         return replicas_below(psutil.Process(self.process.pid))

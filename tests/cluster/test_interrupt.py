@@ -142,37 +142,6 @@ def address() -> Iterator[str]:
     ray.shutdown()
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0})
-class Other:
-    def __call__(self) -> str:
-        return "still here"
-
-
-def test_others_applications_go_on(started: list[Service], tmp_path: Path, address: str) -> None:
-    port = free_port()
-    serve.start(http_options={"port": port})
-    serve.run(Other.bind(), name="other", route_prefix="/other")
-    # Once it may finish, once its replica is being started.
-    service = Service(tmp_path, port, "chunk_s=0.5", RAY_ADDRESS=address)
-    started.append(service)
-    service.ready()
-    stream = Stream(port)
-    service.interrupt(signal.SIGTERM)
-    assert stream.whole(), stream.text
-    service.ended(DONE, 60)
-    assert set(serve.status().applications) == {"other"}
-
-    service = Service(tmp_path, port, "start_s=200", RAY_ADDRESS=address)
-    started.append(service)
-    until(lambda: "phi4" in serve.status().applications, 60)
-    time.sleep(1)
-    service.interrupt()
-    service.ended(INTERRUPTED, AT_ONCE_S)
-    until(lambda: set(serve.status().applications) == {"other"}, 60)
-    assert httpx.get(f"http://127.0.0.1:{port}/other").text == "still here"
-    serve.shutdown()
-
-
 def test_of_a_cluster_without_serve_nothing_of_serve_is_left(
     started: list[Service], tmp_path: Path, address: str
 ) -> None:
@@ -185,13 +154,55 @@ def test_of_a_cluster_without_serve_nothing_of_serve_is_left(
         ray.get_actor("SERVE_CONTROLLER_ACTOR", "serve")
 
 
+@serve.deployment(ray_actor_options={"num_cpus": 0})
+class Other:
+    def __call__(self) -> str:
+        return "still here"
+
+
+@pytest.fixture(scope="module")
+def others(address: str) -> Iterator[int]:
+    """An application that others run on it; gives the port of Serve's."""
+    port = free_port()
+    serve.start(http_options={"port": port})
+    serve.run(Other.bind(), name="other", route_prefix="/other")
+    yield port
+    serve.shutdown()
+
+
+def test_others_applications_go_on(
+    started: list[Service], tmp_path: Path, address: str, others: int
+) -> None:
+    # Once it may finish, once its replica is being started.
+    service = Service(tmp_path, others, "chunk_s=0.5", RAY_ADDRESS=address)
+    started.append(service)
+    service.ready()
+    stream = Stream(others)
+    service.interrupt(signal.SIGTERM)
+    assert stream.whole(), stream.text
+    service.ended(DONE, 60)
+    assert set(serve.status().applications) == {"other"}
+
+    service = Service(tmp_path, others, "start_s=200", RAY_ADDRESS=address)
+    started.append(service)
+    until(lambda: "phi4" in serve.status().applications, 60)
+    time.sleep(1)
+    service.interrupt()
+    service.ended(INTERRUPTED, AT_ONCE_S)
+    until(lambda: set(serve.status().applications) == {"other"}, 60)
+    assert httpx.get(f"http://127.0.0.1:{others}/other").text == "still here"
+
+
+@pytest.mark.usefixtures("others")
 def test_an_application_of_the_same_name_is_not_ours(tmp_path: Path, address: str) -> None:
-    serve.run(Other.bind(), name="phi4", route_prefix="/other")
+    (tmp_path / "serve.yaml").write_text("name: other")
     refused = subprocess.run(
-        [sys.executable, "jobs/serve.py", "--recipe", "fake"],
+        [
+            sys.executable, "jobs/serve.py", "--recipe", "fake",
+            "--config", str(tmp_path / "serve.yaml"),
+        ],
         cwd=ROOT, env={**os.environ, "RAY_ADDRESS": address}, capture_output=True, text=True,
     )  # fmt: skip
     assert refused.returncode == 1
-    assert "'phi4' runs on this cluster already" in refused.stderr
-    assert set(serve.status().applications) == {"phi4"}
-    serve.shutdown()
+    assert "'other' runs on this cluster already" in refused.stderr
+    assert set(serve.status().applications) == {"other"}

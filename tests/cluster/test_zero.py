@@ -24,37 +24,33 @@ CONFIG: dict[str, Any] = {
     },
     "drain_timeout_s": 10,
 }  # fmt: skip
-
-
-# One that has nothing to do for a second sleeps; after forty it goes.
+# A batch job may start the first replica. One that has nothing to do for a second sleeps; after
+# 25 it goes.
 SLEEPY = {
     **CONFIG,
     "autoscaling": {
-        # The second is as long as a batch job may take to its first row on a slow machine.
-        **CONFIG["autoscaling"], "sleep_delay_s": 1, "downscale_to_zero_delay_s": 40,
+        **CONFIG["autoscaling"], "max_replicas": 1, "batch_replicas": 1,
+        # The first is shorter than a batch job takes to its first row, the second longer, on any
+        # machine.
+        "sleep_delay_s": 1, "downscale_to_zero_delay_s": 25,
     },
 }  # fmt: skip
-BUDGET = {**CONFIG, "autoscaling": {**CONFIG["autoscaling"], "batch_replicas": 1}}
 
 
 @pytest.fixture(scope="module")
-def service(request: pytest.FixtureRequest) -> Iterator[Service]:
-    found = Service(request.param)
+def service() -> Iterator[Service]:
+    found = Service(CONFIG)
     yield found
     found.stop()
 
 
-@pytest.mark.parametrize("service", [CONFIG], indirect=True, ids=["default"])
-def test_the_first_request_waits_for_the_first_replica_and_the_last_goes_after_silence(
-    service: Service,
-) -> None:
-    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
-    for _ in range(2):
-        until(lambda: not service.replicas(), 90)
-        found = httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=90)
-        assert found.status_code == 200, found.text
-        assert found.json()["choices"][0]["message"]["content"].startswith("fake:")
-        assert len(service.replicas()) == 1
+@pytest.fixture(scope="module")
+def sleepy(service: Service) -> Service:
+    """The same one with the other configuration, with which it begins again."""
+    until(lambda: not service.replicas(), 90)
+    service.change(SLEEPY)
+    service.until_changed()
+    return service
 
 
 def batch(service: Service, folder: Path) -> "subprocess.Popen[str]":
@@ -64,8 +60,7 @@ def batch(service: Service, folder: Path) -> "subprocess.Popen[str]":
     )
 
 
-@pytest.mark.parametrize("service", [CONFIG], indirect=True, ids=["default"])
-def test_a_batch_job_without_a_budget_says_that_it_waits_for_an_online_request(
+def test_without_a_replica_a_request_is_held_and_a_batch_job_without_a_budget_waits_for_one(
     service: Service, tmp_path: Path
 ) -> None:
     until(lambda: not service.replicas(), 90)
@@ -73,21 +68,13 @@ def test_a_batch_job_without_a_budget_says_that_it_waits_for_an_online_request(
     assert job.stdout is not None
     assert any("batch_replicas" in line for line in job.stdout)
     assert service.replicas() == []
-    body = {"model": "m", "prompt": "hi"}
-    assert httpx.post(f"{service.url}/v1/completions", json=body, timeout=90).status_code == 200
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+    found = httpx.post(f"{service.url}/v1/chat/completions", json=body, timeout=90)
+    assert found.status_code == 200, found.text
+    assert found.json()["choices"][0]["message"]["content"].startswith("fake:")
+    assert len(service.replicas()) == 1
     assert job.wait(120) == 0, job.communicate()[0]
-
-
-@pytest.mark.parametrize("service", [BUDGET], indirect=True, ids=["budget"])
-def test_a_batch_job_starts_the_first_replica_within_its_budget(
-    service: Service, tmp_path: Path
-) -> None:
-    until(lambda: not service.replicas(), 90)
-    job = batch(service, tmp_path)
-    said = job.communicate(timeout=120)[0]
-    assert job.returncode == 0, said
-    assert "no replica of 'phi4' runs: rows wait for the one that is being started" in said
-    assert "rows 20/20 (100%)" in said
+    # After silence the last one goes.
     until(lambda: not service.replicas(), 90)
 
 
@@ -96,18 +83,30 @@ def asleep(service: Service) -> bool:
     return found == 1.0
 
 
-@pytest.mark.parametrize("service", [SLEEPY], indirect=True, ids=["sleepy"])
 def test_a_replica_sleeps_before_it_goes_and_both_doors_wake_it(
-    service: Service, tmp_path: Path
+    sleepy: Service, tmp_path: Path
 ) -> None:
-    until(lambda: asleep(service), 30)
+    until(lambda: asleep(sleepy), 30)
     # The fake asserts that nobody asks it while it sleeps.
     body = {"model": "m", "prompt": "hi"}
-    assert httpx.post(f"{service.url}/v1/completions", json=body, timeout=90).status_code == 200
-    assert not asleep(service)
-    until(lambda: asleep(service), 30)
-    job = batch(service, tmp_path)
+    assert httpx.post(f"{sleepy.url}/v1/completions", json=body, timeout=90).status_code == 200
+    assert not asleep(sleepy)
+    until(lambda: asleep(sleepy), 30)
+    [woken] = sleepy.replicas()
+    job = batch(sleepy, tmp_path)
     said = job.communicate(timeout=120)[0]
     assert job.returncode == 0, said
     assert "rows 20/20 (100%)" in said
-    until(lambda: not service.replicas(), 90)
+    assert sleepy.replicas() == [woken]
+    until(lambda: not sleepy.replicas(), 90)
+
+
+def test_a_batch_job_starts_the_first_replica_within_its_budget(
+    sleepy: Service, tmp_path: Path
+) -> None:
+    until(lambda: not sleepy.replicas(), 90)
+    job = batch(sleepy, tmp_path)
+    said = job.communicate(timeout=120)[0]
+    assert job.returncode == 0, said
+    assert "no replica of 'phi4' runs: rows wait for the one that is being started" in said
+    assert "rows 20/20 (100%)" in said
