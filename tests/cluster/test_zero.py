@@ -25,14 +25,14 @@ CONFIG: dict[str, Any] = {
     "drain_timeout_s": 10,
 }  # fmt: skip
 # A batch job may start the first replica. One that has nothing to do for a second sleeps; after
-# 25 it goes.
+# twenty it goes.
 SLEEPY = {
     **CONFIG,
     "autoscaling": {
         **CONFIG["autoscaling"], "max_replicas": 1, "batch_replicas": 1,
         # The first is shorter than a batch job takes to its first row, the second longer, on any
         # machine.
-        "sleep_delay_s": 1, "downscale_to_zero_delay_s": 25,
+        "sleep_delay_s": 1, "downscale_to_zero_delay_s": 20,
     },
 }  # fmt: skip
 
