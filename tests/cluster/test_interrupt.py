@@ -15,7 +15,7 @@ import pytest
 import ray
 from ray import serve
 
-from tests.processes import kill_family, lives, replicas_below
+from tests.processes import kill_family, lives
 from tests.waiting import free_port, until, until_ready
 
 ROOT = Path(__file__).parents[2]
@@ -110,27 +110,19 @@ def test_a_stream_that_is_running_is_received_whole(started: list[Service], tmp_
     assert "running answers finish first" in service.said()
 
 
-def test_a_second_interrupt_waits_for_nothing(started: list[Service], tmp_path: Path) -> None:
+def test_a_second_interrupt_waits_for_nothing_and_leaves_nothing(
+    started: list[Service], tmp_path: Path
+) -> None:
     service = Service(tmp_path, free_port(), "chunk_s=5")
     started.append(service)
     service.ready()
     stream = Stream(service.port)
+    below = service.process.children(recursive=True)
     service.interrupt()
     until(lambda: "running answers finish first" in service.said(), 5)
     service.interrupt(signal.SIGTERM)
     service.ended(INTERRUPTED, AT_ONCE_S)
     assert not stream.whole()
-
-
-def test_an_interrupted_start_ends_at_once_and_leaves_nothing(
-    started: list[Service], tmp_path: Path
-) -> None:
-    service = Service(tmp_path, free_port(), "start_s=200")
-    started.append(service)
-    until(lambda: replicas_below(service.process), 90)
-    below = service.process.children(recursive=True)
-    service.interrupt()
-    service.ended(INTERRUPTED, AT_ONCE_S)
     until(lambda: not any(map(lives, below)), 10)
 
 
