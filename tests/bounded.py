@@ -12,8 +12,9 @@ T = TypeVar("T")
 
 MIB = 1 << 20
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.bombs"])
+forks = multiprocessing.get_context("forkserver")
+"""Starts processes that have imported all they need already."""
+forks.set_forkserver_preload(["tests.bombs", "tests.batch_service"])
 
 BACKSTOP_MIB = 4096
 """Of address space, beyond the limit: what takes without end stops there, not at the machine's."""
@@ -21,7 +22,7 @@ BACKSTOP_MIB = 4096
 
 def within(limit_mib: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """The function's result; `MemoryError` if it needs so much more than the process has."""
-    with ProcessPoolExecutor(1, mp_context=_context) as pool:
+    with ProcessPoolExecutor(1, mp_context=forks) as pool:
         return pool.submit(_bounded, limit_mib, function, *args, **kwargs).result()
 
 

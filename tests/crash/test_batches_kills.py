@@ -4,13 +4,17 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 
 from phi4ray.batches.store import Store
+from phi4ray.storage.local import LocalStorage
 from tests.batch_service import (
     client_of,
     counts,
@@ -20,14 +24,17 @@ from tests.batch_service import (
     line,
     listening,
     rows_of,
+    runner_of,
     service,
     texts_of,
     upload,
     wait,
 )
+from tests.bounded import forks
+from tests.soak import at_length
 
 ROOT = Path(__file__).parents[2]
-ROWS, KILLS = 2400, 6
+ROWS, KILLS = at_length((1000, 2), (2400, 6))
 RUNNER = """
 import sys
 from tests.batch_service import runner_of, service
@@ -87,22 +94,26 @@ def check(client: openai.OpenAI, output_file_id: str | None) -> None:
     assert texts_of(answers) == expected(*range(ROWS))
 
 
-DYING = """
-import os, sys
-from phi4ray.storage.local import LocalStorage
-left = int(sys.argv[2])
-def dying(change):
-    def dies(*args, **options):
-        global left
-        left -= 1
-        if left < 0:
-            os._exit(9)
-        return change(*args, **options)
-    return dies
-LocalStorage.write = dying(LocalStorage.write)
-LocalStorage.write_new = dying(LocalStorage.write_new)
-LocalStorage.delete = dying(LocalStorage.delete)
-""" + RUNNER.replace('"latency_s": 0.1', "")
+def answer_until_write(root: str, left: int) -> None:
+    """Be the service's runner, and die at the write after so many."""
+    lock = threading.Lock()
+
+    def dying(change: Callable[..., Any]) -> Callable[..., Any]:
+        def dies(*args: Any, **options: Any) -> Any:
+            nonlocal left
+            with lock:
+                left -= 1
+                if left < 0:
+                    os._exit(9)
+            return change(*args, **options)
+
+        return dies
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("write", "write_new", "delete"):
+            patch.setattr(LocalStorage, name, dying(getattr(LocalStorage, name)))
+        engine, batches = {"max_num_seqs": 10}, {"shard_rows": 20}
+        runner_of(service(root, engine=engine, batches=batches)).run()
 
 
 def test_whichever_write_it_dies_at_a_batch_goes_on_and_ends_once(tmp_path: Path) -> None:
@@ -114,14 +125,16 @@ def test_whichever_write_it_dies_at_a_batch_goes_on_and_ends_once(tmp_path: Path
         batch_id = create(client, upload(client, *map(line, range(30)), bad)).id
         ids = set()
         for writes in range(40):
-            runner = subprocess.Popen([sys.executable, "-c", DYING, root, str(writes)], cwd=ROOT)
-            while runner.poll() is None and store.open_batches():
+            runner = forks.Process(target=answer_until_write, args=(root, writes))
+            runner.start()
+            while runner.is_alive() and store.open_batches():
                 time.sleep(0.05)
             if not store.open_batches():
                 runner.kill()
-                runner.wait()
+                runner.join()
                 break
-            assert runner.wait() == 9
+            runner.join()
+            assert runner.exitcode == 9
             batch = client.batches.retrieve(batch_id)
             if batch.status == "completed":
                 ids.add((batch.output_file_id, batch.error_file_id))
