@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner, Result
 
-from jobs import batch_infer
 from jobs.cli import app
 from phi4ray.storage import join, storage_for
 from phi4ray.train.tiny import make_tiny_model
@@ -64,13 +63,20 @@ def cluster(s3_endpoint: str) -> Iterator[Addresses]:
 # With a real engine, from S3 to S3
 
 
+def without_submitting(cluster: Addresses, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """The same command without a Ray job around it; what it says is in `stdout`."""
+    return subprocess.run(
+        [sys.executable, "jobs/batch_infer.py", *arguments],
+        cwd=ROOT, env=os.environ | {"RAY_ADDRESS": cluster.ray},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
 @pytest.mark.engine
 def test_a_submitted_job_answers_every_row_with_a_real_engine(
     cluster: Addresses,
     s3_prefix: str,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
 ) -> None:
     model = make_tiny_model(tmp_path / "tiny")
     prompts, answers = join(s3_prefix, "prompts/"), join(s3_prefix, "answers/")
@@ -110,14 +116,13 @@ def test_a_submitted_job_answers_every_row_with_a_real_engine(
     assert response["choices"][0]["logprobs"]["tokens"]
 
     # What follows is the same without the Ray job around it.
-    monkeypatch.setenv("RAY_ADDRESS", cluster.ray)
     before = {uri: storage_for(uri).read(uri) for uri in part_uris(answers)}
-    assert batch_infer.main(arguments) == 3
+    assert without_submitting(cluster, *arguments).returncode == 3
     assert {uri: storage_for(uri).read(uri) for uri in part_uris(answers)} == before
 
-    capfd.readouterr()
-    assert batch_infer.main([*arguments, "--set", "max_tokens=9"]) == 1
-    assert "sampling.max_tokens was 8 and is now 9" in "".join(capfd.readouterr())
+    other = without_submitting(cluster, *arguments, "--set", "max_tokens=9")
+    assert other.returncode == 1
+    assert "sampling.max_tokens was 8 and is now 9" in other.stdout
 
 
 @pytest.mark.engine
@@ -128,13 +133,9 @@ def test_an_engine_that_cannot_start_fails_the_job_once_and_says_why(
     (model / "model.safetensors").write_bytes(b"broken")
     prompts = join(s3_prefix, "prompts.jsonl")
     storage_for(prompts).write(prompts, b'{"prompt": "hi"}\n')
-    command = [
-        sys.executable, "jobs/batch_infer.py", "--recipe", "tiny-cpu", "--model", str(model),
+    failed = without_submitting(
+        cluster, "--recipe", "tiny-cpu", "--model", str(model),
         "--input", prompts, "--output", join(s3_prefix, "answers"),
-    ]  # fmt: skip
-    failed = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"RAY_ADDRESS": cluster.ray},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert failed.returncode == 1, failed.stdout
     last = "\n".join(failed.stdout.splitlines()[-25:])

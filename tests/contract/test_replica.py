@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Coroutine, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -466,7 +467,19 @@ def test_a_request_that_takes_too_long_is_no_answer_but_a_timeout(running: Runni
         assert error_of(running.run(hurry())).code == "timeout"
 
 
+@pytest.fixture
+def no_fork_server() -> Iterator[None]:
+    """A process has one fork server, which other tests use with other imports than an engine's."""
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    preloaded = server._preload_modules
+    server._stop()
+    yield
+    server._stop()
+    server.set_forkserver_preload(preloaded)
+
+
 @pytest.mark.engine
+@pytest.mark.usefixtures("no_fork_server")
 @pytest.mark.parametrize("forked", [False, True])
 def test_an_engine_whose_process_dies_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: bool
@@ -524,6 +537,7 @@ def test_a_fake_fails_to_start_as_planned() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_fork_server")
 def test_forks_have_the_environment_that_their_owner_has_by_then(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
