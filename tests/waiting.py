@@ -14,13 +14,16 @@ import psutil
 
 
 def until(
-    done: Callable[[], Any], seconds: float, log: Callable[[], str] = lambda: "in vain"
+    done: Callable[[], Any],
+    seconds: float,
+    log: Callable[[], str] = lambda: "in vain",
+    every_s: float = 0.1,
 ) -> Any:
     """Wait for something that is true, and give it; `log` says what happened instead."""
     deadline = time.monotonic() + seconds
     while not (found := done()):
         assert time.monotonic() < deadline, log()
-        time.sleep(0.1)
+        time.sleep(every_s)
     return found
 
 

@@ -1,5 +1,10 @@
-"""Every expression of rules and dashboards, against a service and a job that run."""
+"""A service with a real engine and a job, watched while they run.
 
+Every expression of rules and dashboards finds what it is about, and a second engine comes and goes
+with the load.
+"""
+
+import asyncio
 import contextlib
 import functools
 import json
@@ -14,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import httpx
 import psutil
 import pytest
@@ -47,10 +53,12 @@ class Page:
     def series(self) -> Iterator[tuple[str, Mapping[str, str]]]:
         """Names and labels, with those that Prometheus adds."""
         target = {"job": self.job, "instance": self.address, "namespace": "local"}
-        text = httpx.get(f"http://{self.address}/metrics", timeout=30).text
-        for family in text_string_to_metric_families(text):
+        for family in text_string_to_metric_families(self.text()):
             for sample in family.samples:
                 yield sample.name, {**sample.labels, **target}
+
+    def text(self) -> str:
+        return httpx.get(f"http://{self.address}/metrics", timeout=30).text
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ class Running:
     pages: list[Page]
     url: str
     keys: Mapping[str, str]
+    cluster: psutil.Popen
 
     def ask(self, tenant: str, **change: Any) -> int:
         """A completion for the owner of a key; gives the HTTP status."""
@@ -101,14 +110,15 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             rays = Page("phi4ray-ray", f"127.0.0.1:{ray}")
             # Ray tells what its processes measure only now and then.
             for name in ("batch_rows_total", "desired_replicas", "replicas_bound"):
-                until(functools.partial(has, rays, f"ray_phi4ray_{name}"), 90)
-            until(lambda: has(rays, "ray_serve_deployment_replica_healthy"), 90)
-            family = cluster.process.children(recursive=True)
-            ports = sorted({port for process in family for port in metrics_ports(process)})
-            replicas = [Page("phi4ray-replica", f"{HOST}:{port}") for port in ports]
+                until(functools.partial(has, rays, f"ray_phi4ray_{name}"), 90, every_s=0.5)
+            until(lambda: has(rays, "ray_serve_deployment_replica_healthy"), 90, every_s=0.5)
+            replicas = replica_pages(cluster.process)
             proxies = Page("phi4ray-proxy", f"127.0.0.1:{proxy}")
             found = Running(
-                [rays, proxies, *replicas], url, {name: one[0] for name, one in keys.items()}
+                [rays, proxies, *replicas],
+                url,
+                {name: one[0] for name, one in keys.items()},
+                cluster.process,
             )
             assert (
                 found.ask("good", stream=True) == found.ask("good") == found.ask("limited") == 200
@@ -130,8 +140,14 @@ def serving(folder: Path, port: int, digests: Mapping[str, str]) -> list[str]:
     (folder / "keys.yaml").write_text(yaml.safe_dump({"tenants": tenants}))
     config = {
         "gate": {"keys_file": str(folder / "keys.yaml")},
-        "autoscaling": {"min_replicas": 1, "max_replicas": 2},
-    }
+        "engine": {"kv_cache_memory_bytes": 1 << 26},
+        # A few answers at a time are more than one replica should have.
+        "autoscaling": {
+            "min_replicas": 1, "max_replicas": 2, "target_occupancy": 0.002, "lookahead_s": 0,
+            "downscale_delay_s": 5,
+        },
+        "drain_timeout_s": 30,
+    }  # fmt: skip
     (folder / "serve.yaml").write_text(yaml.safe_dump(config))
     model = make_tiny_model(folder / "tiny")
     return [
@@ -147,12 +163,18 @@ def job(folder: Path) -> list[str]:
     (folder / "rows.jsonl").write_text("\n".join(["{not json", *rows]))
     return [
         sys.executable, "jobs/batch_infer.py", "--recipe", "fake", "--input",
-        str(folder / "rows.jsonl"), "--output", f"{folder}/out/", "--engine-arg", "latency_s=1",
+        str(folder / "rows.jsonl"), "--output", f"{folder}/out/", "--engine-arg", "latency_s=5",
     ]  # fmt: skip
 
 
 def has(page: Page, name: str) -> bool:
-    return any(name == found for found, _ in page.series())
+    return f"\n{name}{{" in page.text()
+
+
+def replica_pages(cluster: psutil.Popen) -> list[Page]:
+    family = cluster.children(recursive=True)
+    ports = sorted({port for process in family for port in metrics_ports(process)})
+    return [Page("phi4ray-replica", f"{HOST}:{port}") for port in ports]
 
 
 def test_every_metric_is_there_with_the_labels_that_expressions_use(running: Running) -> None:
@@ -214,7 +236,7 @@ def test_prometheus_evaluates_every_expression(running: Running, tmp_path: Path)
             assert running.ask("good", stream=True) == 200
             return all(query(f"{name} >= 0") for name in recorded)
 
-        until(shares, 60)
+        until(shares, 60, every_s=1)
         for rule in rules():
             query(rule["expr"])
         # Nothing failed at the server, and nobody was turned away for want of room.
@@ -227,3 +249,59 @@ def test_prometheus_evaluates_every_expression(running: Running, tmp_path: Path)
     finally:
         server.terminate()
         server.wait(30)
+
+
+def answered(running: Running) -> list[float]:
+    """How many answers each engine has given that runs; the job has none."""
+    found = []
+    for page in replica_pages(running.cluster):
+        with contextlib.suppress(httpx.TransportError):  # it comes or goes
+            given = [
+                float(line.split()[-1])
+                for line in page.text().splitlines()
+                if line.startswith("vllm:request_success_total{")
+            ]
+            found += [sum(given)] if given else []
+    return found
+
+
+async def load(running: Running, stop: asyncio.Event, outcomes: list[str]) -> None:
+    """Ten clients, each with one streamed answer after the other."""
+    body = {
+        "model": "phi-4", "prompt": "Once upon a time", "max_tokens": 100, "stream": True,
+        "ignore_eos": True,
+    }  # fmt: skip
+
+    async def client(session: aiohttp.ClientSession) -> None:
+        while not stop.is_set():
+            async with session.post("/v1/completions", json=body) as stream:
+                last = (await stream.text()).split()[-2:]
+            ended = stream.ok and last == ["data:", "[DONE]"]
+            outcomes.append("ok" if ended else f"{stream.status} {last}")
+            await asyncio.sleep(2)  # a replica that starts needs the cores too
+
+    timeout = aiohttp.ClientTimeout(total=120)
+    key = {"Authorization": f"Bearer {running.keys['good']}"}
+    async with aiohttp.ClientSession(running.url, timeout=timeout, headers=key) as session:
+        await asyncio.gather(*(client(session) for _ in range(10)))
+
+
+def test_replicas_come_with_load_and_go_without_it_and_no_request_fails(running: Running) -> None:
+    assert len(answered(running)) == 1
+    outcomes: list[str] = []
+
+    def both_answer() -> bool:
+        given = answered(running)
+        return len(given) == 2 and all(given)
+
+    async def under_load() -> None:
+        stop = asyncio.Event()
+        clients = asyncio.create_task(load(running, stop, outcomes))
+        await asyncio.to_thread(until, both_answer, 240, every_s=1)
+        stop.set()
+        await clients
+
+    asyncio.run(under_load())
+    until(lambda: len(answered(running)) == 1, 120, every_s=1)
+    assert len(outcomes) > 40
+    assert set(outcomes) == {"ok"}
