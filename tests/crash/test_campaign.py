@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.crash, pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 def test_a_job_ends_whole_whatever_fails_around_it(tmp_path: Path) -> None:
     command = [
-        sys.executable, str(ROOT / "benchmarks" / "chaos.py"), "--kills", "5",
+        sys.executable, str(ROOT / "benchmarks" / "chaos.py"), "--kills", "6",
         "--rows", at_length("4000", "8000"), "--nodes", at_length("2", "3"),
         "--seed", os.environ.get("PHI4RAY_CRASH_SEED", "0"), "--max-minutes", "15",
         "--logs", str(tmp_path),
