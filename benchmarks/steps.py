@@ -9,6 +9,7 @@ of its own. With `--profile TOKENS` the steps with so many prompt tokens are tol
 
 import argparse
 import json
+import operator
 import os
 import random
 import subprocess
@@ -55,7 +56,7 @@ def main() -> None:
                 continue
             rows = [json.loads(line) for line in done.stdout.splitlines() if line[:1] == "{"]
             found += [{"change": change or "none"} | row for row in rows]
-            print(done.stdout[done.stdout.find("{") :], flush=True)
+            print(done.stdout[done.stdout.find('{"sequences"') :], flush=True)
     show(found)
 
 
@@ -117,32 +118,22 @@ def kernels(engine: Any, arguments: argparse.Namespace, tokens: int) -> str:
     averages = profiled.key_averages()
     busy = sum(event.self_device_time_total for event in averages) / steps / 1000
     lines = [f"profiled: {1000 * seconds:.2f} ms a step, its kernels {busy:.2f} ms"]
-    for event in sorted(averages, key=lambda event: -event.self_device_time_total)[:22]:
-        each = event.self_device_time_total / steps / 1000
-        lines.append(f"{each:8.3f} ms {event.count / steps:7.1f} x {event.key[:110]}")
-    for event in sorted(averages, key=lambda event: -event.self_cpu_time_total)[:12]:
-        each = event.self_cpu_time_total / steps / 1000
-        lines.append(f"{each:8.3f} ms {event.count / steps:7.1f} x CPU {event.key[:100]}")
+    for where, most in (("device", 22), ("cpu", 12)):
+        total_us = operator.attrgetter(f"self_{where}_time_total")
+        for one in sorted(averages, key=total_us, reverse=True)[:most]:
+            each = total_us(one) / steps / 1000
+            lines.append(f"{each:8.3f} ms {one.count / steps:7.1f} x {where} {one.key[:100]}")
     return "\n".join(lines)
 
 
 def show(found: list[dict[str, Any]]) -> None:
     """Milliseconds of a step; a column for each change."""
+    taken = {(row["change"], row["sequences"], row["tokens"]): row["ms"] for row in found}
     changes = list(dict.fromkeys(row["change"] for row in found))
     table = Table("sequences", "prompt tokens", *changes)
-    for count, tokens in dict.fromkeys((row["sequences"], row["tokens"]) for row in found):
-        cells = [
-            next(
-                (
-                    f"{row['ms']:.2f}"
-                    for row in found
-                    if (row["change"], row["sequences"], row["tokens"]) == (change, count, tokens)
-                ),
-                "",
-            )
-            for change in changes
-        ]
-        table.add_row(str(count), str(tokens), *cells)
+    for kind in dict.fromkeys((row["sequences"], row["tokens"]) for row in found):
+        cells = (taken.get((change, *kind)) for change in changes)
+        table.add_row(*map(str, kind), *("" if ms is None else f"{ms:.2f}" for ms in cells))
     Console(width=140).print(table)
 
 

@@ -17,14 +17,13 @@ from typing import Any
 import httpx
 import openai
 import psutil
-import pyarrow.parquet as pq
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 
 from phi4ray.train.tiny import make_tiny_model
-from tests.small_jobs import prompts, write_lines
+from tests.small_jobs import answers, job, prompts, write_lines
 from tests.soak import at_length
 from tests.waiting import free_port, until_ready
 
@@ -241,19 +240,19 @@ def test_online_requests_are_answered_at_once_while_a_batch_job_fills_the_engine
         "--set", "max_tokens=32", "temperature=0", "ignore_eos=true",
     ]  # fmt: skip
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": ray_address(service)}
-    job = subprocess.Popen(
+    batch = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True,
     )  # fmt: skip
-    while metrics(service.url)["phi4ray:batch_rows"] < 16 and job.poll() is None:
+    while metrics(service.url)["phi4ray:batch_rows"] < 16 and batch.poll() is None:
         time.sleep(0.1)
     body = {"model": MODEL, "prompt": "hi", "max_tokens": 16, "ignore_eos": True}
     with httpx.Client(base_url=service.url, timeout=60) as client:
         # As many as the engine has places: all are batch rows', and all are given up.
-        answers: list[httpx.Response] = []
+        responses: list[httpx.Response] = []
         threads = [
             threading.Thread(
-                target=lambda: answers.append(client.post("/v1/completions", json=body))
+                target=lambda: responses.append(client.post("/v1/completions", json=body))
             )
             for _ in range(16)
         ]
@@ -261,14 +260,13 @@ def test_online_requests_are_answered_at_once_while_a_batch_job_fills_the_engine
             thread.start()
         for thread in threads:
             thread.join()
-    assert [answer.status_code for answer in answers] == [200] * 16
+    assert [answer.status_code for answer in responses] == [200] * 16
     found = metrics(service.url)
     assert found["phi4ray:batch_aborted_rows"] > 0
     preempted = 'vllm:num_preemptions_total{engine="0",model_name="phi-4"}'
     assert found[preempted] == before[preempted]
-    assert job.wait(300) == 0, job.communicate()[0]
-    parts = sorted(tmp_path.glob("out/**/*.parquet"))
-    answered = [row for part in parts for row in pq.read_table(part).to_pylist()]
+    assert batch.wait(300) == 0, batch.communicate()[0]
+    answered = answers(job(tmp_path))
     assert sorted(row["n"] for row in answered) == list(range(rows))
     assert {row["completion_tokens"] for row in answered} == {32}
     assert {row["error_code"] for row in answered} == {None}

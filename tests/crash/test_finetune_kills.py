@@ -48,8 +48,10 @@ def one_thread() -> Iterator[None]:
     """As a worker of Ray computes: with more threads, sums are rounded otherwise."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_kill_costs_no_step_and_changes_no_weight(s3_prefix: str, tmp_path: Path) -> None:
