@@ -29,8 +29,11 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def deployed(config: ServeConfig, host: str, port: int) -> Iterator[None]:
+def deployed(config: ServeConfig, host: str, port: int) -> Iterator[tuple[str, int]]:
     """Have the application run inside the block, on the Ray cluster that is connected.
+
+    Gives the address and port that Serve listens on: those of a Serve that runs there already
+    stay as they are.
 
     After the block its running answers finish first, for `drain_timeout_s` at most. Any exception,
     and so an interrupt, in the start, the block or that wait, ends the wait: the application is
@@ -53,7 +56,8 @@ def deployed(config: ServeConfig, host: str, port: int) -> Iterator[None]:
             serve.run(application(config), name=config.name, route_prefix="/")
         except (RuntimeError, RayServeException) as error:
             raise EngineStartError(f"the service did not start: {error}") from error
-        yield
+        http = ray.get(_controller().get_http_config.remote())
+        yield http.host, http.port
         _drain(config)
         if began and not serve.status().applications:
             serve.shutdown()

@@ -85,13 +85,11 @@ def serve(config: ServeConfig, arguments: argparse.Namespace, console: Console) 
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there
         refuse_misfit(config.engine, cards_of(arguments, cluster_gpus()))
         nodes = () if local else node_addresses()
-        host = listening(arguments.host, nodes)
-        at = nodes[0] if nodes and host == EVERYWHERE else host
-        with deployed(config, host, arguments.port):
+        asked = listening(arguments.host, nodes)
+        with deployed(config, asked, arguments.port) as (host, port):
             try:
-                console.print(
-                    f"{config.engine.model_name} answers at http://{at}:{arguments.port}/v1"
-                )
+                at = nodes[0] if nodes and host == EVERYWHERE else host
+                console.print(f"{config.engine.model_name} answers at http://{at}:{port}/v1")
                 if config.batches is not None:
                     console.print(f"files and batches are kept in {config.batches.store}")
                 if config.gate.keys_file is None:
@@ -131,7 +129,12 @@ def parser() -> argparse.ArgumentParser:
         default=None,
         help="address to listen on [127.0.0.1, or all on a cluster that was not started here]",
     )
-    result.add_argument("--port", type=int, default=8000, help="port to listen on [8000]")
+    result.add_argument(
+        "--port",
+        type=int,
+        default=8000,
+        help="port to listen on, unless Serve runs on the cluster already [8000]",
+    )
     add_gpu(result)
     result.add_argument(
         "--batches",

@@ -3,7 +3,7 @@
 Batch pacing, online admission and per-key limits speak these tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -29,7 +29,30 @@ MOST_CHOICES = 16_384
 ANSWERED: Final = ("messages", "prompt", "input", "token_ids")
 SCORED: Final = ("documents", "items", "text_2", "data_2", "texts", "inputs")
 """Fields with the prompts of a body, in vLLM's words: what is answered, and what is only embedded
-or scored. The first one that a body has tells how many there are."""
+or scored."""
+
+
+class Reads(NamedTuple):
+    """The fields in which a path of vLLM's takes its prompts, and its answers' limit."""
+
+    prompts: str
+    limits: tuple[str, ...]
+
+
+READS: Final[Mapping[str, Reads]] = {
+    "/v1/chat/completions": Reads("messages", ("max_completion_tokens", "max_tokens")),
+    "/v1/chat/completions/batch": Reads("messages", ("max_completion_tokens", "max_tokens")),
+    "/v1/completions": Reads("prompt", ("max_tokens",)),
+    "/v1/responses": Reads("input", ("max_output_tokens",)),
+    "/v1/messages": Reads("messages", ("max_tokens",)),
+    "/inference/v1/generate": Reads("token_ids", ("max_tokens",)),
+    "/cohere/v2/chat": Reads("messages", ("max_tokens",)),
+}
+"""Paths that refuse prompts longer than the model's context unless they are asked to cut them. What
+else a body has they pass over, and so it must not tell how much it asks for."""
+
+_ANY = Reads("", ("max_completion_tokens", "max_tokens", "max_output_tokens"))
+"""Of another path, or where it is not known: all fields are looked at, and the most counts."""
 
 BESIDE: Final = (
     *("system", "instructions", "tools"),
@@ -90,25 +113,22 @@ class Lengths:
         return prompt + (mean if max_tokens is None else min(max_tokens, 2 * mean))
 
 
-def max_tokens_of(body: Json) -> int | None:
+def max_tokens_of(body: Json, path: str = "") -> int | None:
     """The limit that a request sets to its answers, over all its sequences; None for a bad one."""
-    if _is_scored(body):
+    if path not in READS and _is_scored(body):
         return 0
-    stated = _sampling(body)
-    limit = (
-        stated.get("max_completion_tokens")
-        or stated.get("max_tokens")
-        or stated.get("max_output_tokens")
-    )
-    choices = _choices(body)
-    if isinstance(limit, int) and limit > 0 and choices is not None:
-        return limit * choices * _prompts(body)
-    return None
+    stated = _sampling(body, path)
+    found = [stated.get(name) for name in READS.get(path, _ANY).limits]
+    limit = max((one for one in found if isinstance(one, int) and one > 0), default=None)
+    choices = _choices(body, path)
+    if limit is None or choices is None:
+        return None
+    return limit * choices * _prompts(body, path)
 
 
-def sequences_of(body: Json) -> int:
+def sequences_of(body: Json, path: str = "") -> int:
     """Sequences that the engine holds for a request: so many choices for each of its prompts."""
-    return (_choices(body) or 1) * _prompts(body)
+    return (_choices(body, path) or 1) * _prompts(body, path)
 
 
 def as_vllm_reads(number: object) -> int | None:
@@ -119,9 +139,9 @@ def as_vllm_reads(number: object) -> int | None:
         return None
 
 
-def _choices(body: Json) -> int | None:
+def _choices(body: Json, path: str) -> int | None:
     """Answers to each prompt; None for a bad number of them."""
-    stated = _sampling(body).get("n")
+    stated = _sampling(body, path).get("n")
     choices = 1 if stated is None else as_vllm_reads(stated)
     return choices if choices is not None and 0 < choices <= MOST_CHOICES else None
 
@@ -130,19 +150,27 @@ def _is_scored(body: Json) -> bool:
     return not body.keys().isdisjoint(SCORED) and body.keys().isdisjoint(ANSWERED)
 
 
-def _sampling(body: Json) -> Json:
+def _sampling(body: Json, path: str) -> Json:
     """Where a body states its limits: one of token ids, of `/inference/v1/generate`, further in."""
+    if path in READS:
+        is_inside = READS[path].prompts == "token_ids"
+    else:
+        is_inside = body.keys().isdisjoint(ANSWERED[:-1])
     inner = body.get("sampling_params")
-    return inner if isinstance(inner, dict) and body.keys().isdisjoint(ANSWERED[:-1]) else body
+    return inner if is_inside and isinstance(inner, dict) else body
 
 
-def _prompts(body: Json) -> int:
+def _prompts(body: Json, path: str) -> int:
     """Prompts and, where the messages are of several, conversations."""
-    many = next(filter(None, map(body.get, (*ANSWERED, *SCORED))), None)
+    names = (READS[path].prompts,) if path in READS else (*ANSWERED, *SCORED)
     # A list of messages or of ids is one prompt; documents may be objects.
-    if isinstance(many, list) and (isinstance(many[0], str | list) or _is_scored(body)):
-        return len(many)
-    return 1
+    many = ((name, value) for name in names if isinstance(value := body.get(name), list) and value)
+    counts = (
+        len(value)
+        for name, value in many
+        if isinstance(value[0], str | list) or (name in SCORED and _is_scored(body))
+    )
+    return max(counts, default=1)
 
 
 def prompt_of(body: Json) -> str:
@@ -163,10 +191,10 @@ class Size(NamedTuple):
     sequences: int
 
     @classmethod
-    def of(cls, body: Json) -> "Size":
-        """Read a body; prompts of ids have no text.
+    def of(cls, body: Json, path: str = "") -> "Size":
+        """Read a body that is sent to a path; prompts of ids have no text.
 
-        Fields of all endpoints count: which one it is for is not known here.
+        Text counts in the fields of all paths: at worst a request counts for more than it is.
         """
         found = [_size(body.get(name)) for name in (*ANSWERED[1:], *SCORED, *BESIDE)]
         found += [
@@ -176,7 +204,7 @@ class Size(NamedTuple):
             for name in MESSAGE
         ]
         chars, ids = (sum(counts) for counts in zip(*found, strict=True))
-        return cls(chars, max_tokens_of(body), ids, sequences_of(body))
+        return cls(chars, max_tokens_of(body, path), ids, sequences_of(body, path))
 
 
 def surely_longer(prompts: Any, tokens: int) -> bool:

@@ -220,7 +220,8 @@ class _Shard:
             if request is None:
                 self._count(self.results[at])
             else:
-                rank, prompt = rank_of(max_tokens_of(request.body)), prompt_of(request.body)
+                limit = max_tokens_of(request.body, request.endpoint)
+                rank, prompt = rank_of(limit), prompt_of(request.body)
                 self._waiting[at] = self._answers.pacer.push(self, at, rank, prompt)
         if self._waiting:
             await self._all_begun.wait()
@@ -228,7 +229,7 @@ class _Shard:
     def demand(self, row: Waiting) -> float:
         request = self._requests[row.at]
         assert request is not None
-        return self._answers.lengths.demand(*Size.of(request.body))
+        return self._answers.lengths.demand(*Size.of(request.body, request.endpoint))
 
     def begin(self, row: Waiting, tokens: float) -> None:
         request, self._requests[row.at] = self._requests[row.at], None
@@ -241,7 +242,7 @@ class _Shard:
         task.add_done_callback(lambda _: self._answers.pacer.release(tokens))
 
     async def _answer_row(self, row: Waiting, request: Request) -> None:
-        size = Size.of(request.body)
+        size = Size.of(request.body, request.endpoint)
         try:
             result = self.results[row.at] = await self._answers.one(self.results[row.at], request)
         except BaseException:
@@ -269,8 +270,8 @@ class _Shard:
 
 def guess_bytes(request: Request) -> float:
     """What an answer may take as it is held, before one is known: `logprobs` make up most of it."""
-    body = request.body
-    tokens = max_tokens_of(body) or 1024 * sequences_of(body)
+    body, path = request.body, request.endpoint
+    tokens = max_tokens_of(body, path) or 1024 * sequences_of(body, path)
     asked = [body.get(name) for name in ("logprobs", "top_logprobs")]
     logprobs = max((int(number) for number in asked if isinstance(number, int)), default=0)
     return tokens * (TOKEN_BYTES + LOGPROB_BYTES * (1 + logprobs if logprobs > 0 else 0))

@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from phi4ray.demand import Lengths, Size, as_vllm_reads, surely_longer
+from phi4ray.demand import READS, Lengths, Size, as_vllm_reads, surely_longer
 from phi4ray.protocol import Json
 from phi4ray.serve import metrics
 from phi4ray.serve.admission import Admission, OverloadedError
 from phi4ray.serve.headers import priorities_of
 from phi4ray.serve.meter import Meter, Usage
-from phi4ray.serve.paths import GENERATING, PROMPTS
+from phi4ray.serve.paths import GENERATING
 from phi4ray.serve.responses import send_error
 from phi4ray.serve.state import State
 
@@ -41,7 +41,7 @@ class Admit:
         """Tokens that a request is expected to hold; 0 for what needs no KV cache."""
         if path not in GENERATING or body is None:
             return 0
-        return self._demand(Size.of(body))
+        return self._demand(Size.of(body, path))
 
     def _demand(self, size: Size) -> float:
         # No sequence has more: the engine refuses those that would.
@@ -49,14 +49,14 @@ class Admit:
 
     def _refused(self, path: str, body: Json, size: Size) -> bool:
         """Whether vLLM surely refuses a prompt for its length: for that it needs no room."""
-        if path not in PROMPTS or size.chars + size.ids <= self._max_model_len:
+        if path not in READS or size.chars + size.ids <= self._max_model_len:
             return False
         cut = (
             body.get("truncate_prompt_tokens") is not None
             or body.get("truncation", "disabled") != "disabled"
             or body.get("chat_template") is not None  # which may leave out what it likes
         )
-        return not cut and surely_longer(body.get(PROMPTS[path]), self._max_model_len)
+        return not cut and surely_longer(body.get(READS[path].prompts), self._max_model_len)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection; see the ASGI specification."""
@@ -73,7 +73,7 @@ class Admit:
                 f"'priority' must not be below {least}",
             )  # fmt: skip
             return
-        size = Size.of(state.body)
+        size = Size.of(state.body, state.path)
         if self._refused(state.path, state.body, size):
             await self.app(scope, receive, send)
             return
@@ -83,7 +83,7 @@ class Admit:
             with self._meter.request(state.engine_request_id) as usage:
                 # Watching costs a task, which most requests need not pay for.
                 room = self.admission.has_room(tokens, size.sequences)
-                ended = False
+                begun = ended = False
                 try:
                     async with (
                         contextlib.nullcontext() if room else waiting.or_gone(),
@@ -92,6 +92,7 @@ class Admit:
                         ) as state.queued_s,
                     ):
                         waiting.over()
+                        begun = True
                         metrics.QUEUE_TIME.observe(state.queued_s)
                         await self.app(scope, waiting.receive, send)
                     ended = not waiting.gone
@@ -99,8 +100,9 @@ class Admit:
                     if not ended and usage.running:
                         # vLLM notices some who hang up only when Python collects their answer.
                         await self._abort(list(usage.prompts or ()))
-                    # They pay as well. This holds no room any more while it waits for the count.
-                    if state.status in (0, 200) and await usage.settled():
+                    # They pay as well, but for what nobody has begun. This holds no room any more
+                    # while it waits for the count.
+                    if not begun or (state.status in (0, 200) and await usage.settled()):
                         state.usage = usage
                 if ended and state.usage is not None and not usage.aborted:
                     self._learn(size, usage)
@@ -117,7 +119,8 @@ class Admit:
 
     def _learn(self, size: Size, usage: Usage) -> None:
         prompt_tokens = max(0, usage.prompt_tokens - size.ids)
-        self._lengths.observe(size.chars, prompt_tokens, usage.completion_tokens, size.sequences)
+        # Of so many sequences as there were: a body may tell of others.
+        self._lengths.observe(size.chars, prompt_tokens, usage.completion_tokens, usage.sequences)
 
 
 class _Waiting:

@@ -18,8 +18,10 @@ class Usage:
     completion_tokens: int = 0
     counted: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when all sequences that were begun have ended."""
+    sequences: int = 0
+    """Sequences that the engine was given."""
     running: int = 0
-    """Sequences that the engine has."""
+    """Those that it still has."""
     aborted: bool = False
     """Whether one of them was not waited for: nothing is to be learned from how long it got."""
     prompts: dict[str, bool] | None = field(default_factory=dict)
@@ -72,6 +74,7 @@ class Meter:
             return
         self._open[engine_id] = usage
         usage.prompts.setdefault(engine_id, False)
+        usage.sequences += 1
         usage.running += 1
         usage.counted.clear()
 

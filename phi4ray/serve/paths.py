@@ -27,18 +27,6 @@ GENERATING: Final = frozenset(
 )
 """Paths whose requests hold KV cache while they are answered."""
 
-PROMPTS: Final = {
-    "/v1/chat/completions": "messages",
-    "/v1/chat/completions/batch": "messages",
-    "/v1/completions": "prompt",
-    "/v1/responses": "input",
-    "/v1/messages": "messages",
-    "/inference/v1/generate": "token_ids",
-    "/cohere/v2/chat": "messages",
-}
-"""The field with the prompts, of paths that refuse those that are longer than the model's context
-unless they are asked to cut them."""
-
 OPEN: Final = frozenset({"/health", "/ready", "/ping", "/version", "/metrics", "/load"})
 """Paths that machines ask every few seconds, without a key; logged only when they fail."""
 

@@ -46,7 +46,7 @@ class HarvestedReplica:
 
     async def complete(self, endpoint: Endpoint, body: Json) -> Answer:
         """See `phi4ray.protocol.Replica.complete`. Waiting for slack is not under the timeout."""
-        size, demand = Size.of(body), self._lengths.demand
+        size, demand = Size.of(body, endpoint), self._lengths.demand
         body = {**body, "priority": BATCH_PRIORITY}
         row = Preemptible()
 

@@ -166,9 +166,11 @@ def test_others_applications_go_on(
     started: list[Service], tmp_path: Path, address: str, others: int
 ) -> None:
     # Once it may finish, once its replica is being started.
-    service = Service(tmp_path, others, "chunk_s=0.5", RAY_ADDRESS=address)
+    service = Service(tmp_path, free_port(), "chunk_s=0.5", RAY_ADDRESS=address)
     started.append(service)
+    service.port = others
     service.ready()
+    assert f"answers at http://127.0.0.1:{others}/v1" in service.said()
     stream = Stream(others)
     service.interrupt(signal.SIGTERM)
     assert stream.whole(), stream.text

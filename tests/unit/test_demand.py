@@ -138,7 +138,6 @@ def test_all_that_the_engine_reads_counts(body: dict[str, Any], chars: int) -> N
         ({"messages": [{"content": "a"}, {"content": "b"}], "n": 3}, 3),
         ({"messages": [[{"content": "a"}], [{"content": "b"}]]}, 2),
         ({"query": "a", "documents": ["b", {"text": "c"}]}, 2),
-        ({"messages": [{"content": "a"}], "documents": ["b", "c"]}, 1),
         ({"token_ids": [1, 2, 3], "sampling_params": {"n": 4}}, 4),
         ({"n": 3.0}, 3),
         ({"n": 0}, 1),
@@ -150,6 +149,39 @@ def test_a_request_holds_a_sequence_for_each_choice_of_each_prompt(
     body: dict[str, Any], sequences: int
 ) -> None:
     assert sequences_of(body) == sequences
+
+
+ONE, MANY = [{"content": "a"}], ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "sequences", "limit"),
+    [
+        ("/v1/completions", {"prompt": MANY, "messages": "x", "max_tokens": 5}, 3, 15),
+        ("/v1/completions", {"prompt": MANY, "max_completion_tokens": 1}, 3, None),
+        ("/v1/completions", {"prompt": MANY, "max_completion_tokens": 1, "max_tokens": 5}, 3, 15),
+        ("/v1/completions", {"prompt_embeds": "x", "documents": MANY}, 1, None),
+        ("/v1/chat/completions", {"messages": ONE, "documents": MANY, "max_tokens": 5}, 1, 5),
+        ("/v1/chat/completions", {"messages": ONE, "max_output_tokens": 1, "n": 2}, 2, None),
+        ("/v1/responses", {"input": "a", "max_tokens": 1}, 1, None),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 5}, 1, 5),
+        ("/v1/messages", {"messages": ONE, "prompt": MANY, "max_tokens": 5}, 1, 5),
+        (
+            "/inference/v1/generate",
+            {"token_ids": [1], "prompt": "x", "sampling_params": {"n": 2, "max_tokens": 5}},
+            2,
+            10,
+        ),
+        ("/invocations", {"prompt": MANY, "messages": ONE, "max_tokens": 5}, 3, 15),
+        ("/invocations", {"prompt": MANY, "max_output_tokens": 1, "max_tokens": 5}, 3, 15),
+        ("/rerank", {"messages": ONE, "documents": MANY}, 3, None),
+    ],
+)
+def test_what_a_path_passes_over_tells_nothing(
+    path: str, body: dict[str, Any], sequences: int, limit: int | None
+) -> None:
+    assert sequences_of(body, path) == sequences
+    assert max_tokens_of(body, path) == limit
 
 
 def test_demand_is_of_all_sequences_and_what_is_learnt_of_one() -> None:
