@@ -32,9 +32,16 @@ HELLO = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 def online(
     engine: dict[str, Any] | None = None, *, max_model_len: int = 16384, **settings: Any
 ) -> OnlineApp:
+    return with_replica(engine, max_model_len, **settings)[0]
+
+
+def with_replica(
+    engine: dict[str, Any] | None = None, max_model_len: int = 16384, **settings: Any
+) -> tuple[OnlineApp, FakeReplica]:
     kind = {"kind": "fake", "model": "m", "max_model_len": max_model_len}
     config = serve_config({"engine": {**kind, "engine_args": engine or {}}, **settings})
-    return OnlineApp(FakeReplica(config.engine), config)
+    replica = FakeReplica(config.engine)
+    return OnlineApp(replica, config), replica
 
 
 @asynccontextmanager
@@ -180,6 +187,33 @@ def test_a_request_is_admitted_as_all_its_answers(
         assert tokens < app.admission.used_tokens < tokens + 10
         assert (await asking).status_code == 200
         assert app.admission.sequences == 0
+
+    asked(app, scenario)
+
+
+def test_of_what_a_request_says_others_are_not_expected_to_be_longer() -> None:
+    """It has a hundred prompts, and says in a field of another path that it is one."""
+    app, replica = with_replica({"latency_s": 0.02})
+    begin, finish = replica.on_begun, replica.on_finished
+    assert begin is not None
+    assert finish is not None
+
+    def begin_all(engine_id: str) -> None:
+        for _ in range(100):
+            begin(engine_id)
+
+    def finish_all(engine_id: str, _prompt_tokens: int, _completion_tokens: int) -> None:
+        for _ in range(100):
+            finish(engine_id, 5, 200)
+
+    replica.on_begun, replica.on_finished = begin_all, finish_all
+
+    async def scenario(client: httpx.AsyncClient) -> None:
+        many = {"prompt": ["a"] * 100, "messages": "x"}
+        assert (await client.post(COMPLETIONS, json=many)).status_code == 200
+        asking = await begun(app, client.post(CHAT, json=HELLO))
+        assert 0 < app.admission.used_tokens < 300
+        await asking
 
     asked(app, scenario)
 
@@ -395,6 +429,7 @@ def listening(app: OnlineApp) -> Iterator[int]:
 def send_chat(port: int, **body: Any) -> socket.socket:
     raw = json.dumps(HELLO | body).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head += f"authorization: {KEY['authorization']}\r\n"
     connection = socket.create_connection(("127.0.0.1", port))
     connection.sendall(f"{head}content-length: {len(raw)}\r\n\r\n".encode() + raw)
     return connection
@@ -412,6 +447,21 @@ def test_a_client_that_hangs_up_frees_its_tokens_or_its_place_in_the_queue() -> 
         until(lambda: app.admission.queued == 0, 10)
         assert app.admission.running == 1
         running.close()
+
+
+def test_who_hangs_up_in_the_queue_pays_nothing(tmp_path: Path) -> None:
+    limited = with_keys(tmp_path, tokens_per_minute=30_000)
+    app = online({"latency_s": 2, "kv_cache_size_tokens": 10_000}, **limited)
+    with listening(app) as port:
+        send_chat(port, max_tokens=500, n=18)
+        until(lambda: app.admission.running == 1, 10)
+        for _ in range(3):
+            waiting = send_chat(port, max_tokens=300, n=10)
+            until(lambda: app.admission.queued == 1, 10)
+            waiting.close()
+            until(lambda: app.admission.queued == 0, 10)
+        left = httpx.get(f"http://127.0.0.1:{port}/v1/models", headers=KEY).headers
+        assert int(left["x-ratelimit-remaining-tokens"]) > 20_000
 
 
 def test_a_stream_that_is_given_up_frees_its_tokens() -> None:
