@@ -84,6 +84,8 @@ async def host_shards(application: str, host: ShardHost) -> None:
             host.obey(report, await board.exchange.remote(report))
         except ray.exceptions.RayError:
             logger.warning("the actor of batch jobs is away; their rows go on")
+        except Exception:  # nobody waits for this task, which would end for good
+            logger.exception("what the actor of batch jobs said could not be done")
         # A shard that is done is told at once, but not each of many small ones by itself.
         await asyncio.sleep(EXCHANGE_S / 10)
         try:

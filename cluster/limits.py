@@ -39,4 +39,6 @@ async def share_limits(application: str, replica: str, limiter: Limiter) -> None
             limiter.absorb(heard, time.monotonic())
         except ray.exceptions.RayError:
             logger.warning("limits are counted at each replica alone until their actor is back")
+        except Exception:  # nobody waits for this task, which would end for good
+            logger.exception("what the other replicas spent could not be counted")
         await asyncio.sleep(EXCHANGE_S)

@@ -10,7 +10,6 @@ import logging
 from typing import Any
 
 from ray import serve
-from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 from ray.serve.schema import LoggingConfig
@@ -20,9 +19,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from cluster.draining import exit_with_the_application
-from phi4ray.demand import Size, prompt_of
+from phi4ray.demand import prompt_of
 from phi4ray.protocol import Json
-from phi4ray.serve.routing import Load, PrefixRouter, RoutingConfig
+from phi4ray.serve.routing import Load, PrefixRouter, RoutingConfig, likely_demand
 
 # What HAProxy is told when there is no replica: one that it does not know either. It then asks
 # Serve's own proxy, which holds the request until autoscaling has started one.
@@ -59,8 +58,7 @@ class KVRouter(RequestRouter):
         args = pending_request.args if pending_request is not None else ()
         body = args[0] if args and isinstance(args[0], dict) else {}
         loads = {name: load_of(replica.routing_stats) for name, replica in replicas.items()}
-        size = Size.of(body)
-        demand = size.ids + size.chars / 4 + (size.limit or 256 * size.sequences)
+        demand = likely_demand(body)
         # Ranks: when the first refuses, the next is asked.
         return [[replicas[name]] for name in self._router.rank(prompt_of(body), demand, loads)]
 
@@ -100,7 +98,7 @@ class RoutePicker:
                 self._handle.choose_replica(request, _reserve=False) as selection,
             ):
                 return str(selection._replica.replica_id.to_full_id_str())
-        except (RuntimeError, TimeoutError, DeploymentUnavailableError) as error:
+        except Exception as error:  # whatever it is, Serve's own proxy can do without this
             logger.warning("no replica for a request: %s", str(error) or "none is running")
             return NOBODY
 

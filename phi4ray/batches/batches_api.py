@@ -62,9 +62,8 @@ class BatchesApi:
         """`GET /v1/batches`: newest first."""
         query, owner = parsed(ListBatches, request.query_params), owner_of_request(request)
         ids = await self._door.thread(self._store.batch_ids, owner)
-        ids = after(ids, query.after, BATCH_ID, newest_first=True)[: query.limit + 1]
-        shown = await self._door.gather(self._shown, owner, ids)
-        return page([batch for batch in shown if batch is not None], query.limit)
+        ids = after(ids, query.after, BATCH_ID, newest_first=True)
+        return page(await self._door.listed(self._shown, owner, ids, query.limit), query.limit)
 
     async def get(self, request: Request) -> Response:
         """`GET /v1/batches/{id}`."""

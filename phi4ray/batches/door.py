@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
@@ -15,7 +15,7 @@ from phi4ray.batches.config import BatchesConfig
 from phi4ray.batches.params import ApiError
 from phi4ray.batches.records import FILE_ID, FileRecord
 from phi4ray.batches.store import Store, owner_of
-from phi4ray.errors import TransientStorageError
+from phi4ray.errors import StorageError, TransientStorageError
 from phi4ray.protocol import Json
 from phi4ray.serve.state import State
 
@@ -23,6 +23,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 STORE_THREADS = 16
+
+PAGE_RECORDS = 256
+"""Records that are read at once when files or batches are listed."""
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +62,38 @@ class Door:
             logger.error("a %s may be taken or not: %s", what, error)
             raise ApiError(500, "outcome_unknown", message) from error
 
-    async def gather(
-        self, function: Callable[[str, str], T], owner: str, ids: Iterable[str]
+    async def listed(
+        self,
+        read: Callable[[str, str], T | None],
+        owner: str,
+        ids: list[str],
+        limit: int,
+        wanted: Callable[[T], bool] = lambda _: True,
     ) -> list[T]:
-        """The results of a call that blocks, for each of an owner's ids, in order."""
-        return list(await asyncio.gather(*(self.thread(function, owner, one) for one in ids)))
+        """The first of an owner's objects that are wanted, in the order of these ids.
+
+        One more than `limit`, if there are as many. What this version cannot read is passed over:
+        an older one may have to live with what a newer one wrote.
+        """
+
+        def readable(identifier: str) -> T | None:
+            try:
+                return read(owner, identifier)
+            except TransientStorageError:
+                raise
+            except StorageError as error:
+                logger.error("%s is passed over: %s", identifier, error)
+                return None
+
+        found: list[T] = []
+        step = min(limit + 1, PAGE_RECORDS)
+        for start in range(0, len(ids), step):
+            each = (self.thread(readable, one) for one in ids[start : start + step])
+            records = await asyncio.gather(*each)
+            found += [record for record in records if record is not None and wanted(record)]
+            if len(found) > limit:
+                break
+        return found[: limit + 1]
 
     async def file(self, owner: str, file_id: str) -> FileRecord:
         """A file's record.

@@ -5,6 +5,7 @@ import contextlib
 import sys
 from collections.abc import AsyncIterator
 from functools import partial
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -18,9 +19,6 @@ from phi4ray.storage import Writer
 
 BUFFER_BYTES = 1 << 20
 """An upload or download holds about so much, besides what the store's writer does."""
-
-PAGE_RECORDS = 256
-"""Records that are read at once when files are listed."""
 
 
 class FilesApi:
@@ -111,19 +109,11 @@ class FilesApi:
         ids = await self._door.thread(self._store.file_ids, owner)
         ids = after(ids, query.after, FILE_ID, newest_first=query.order == "desc")
         now_s = self._door.clock()
-        found: list[FileRecord] = []
-        step = min(query.limit + 1, PAGE_RECORDS)
-        for start in range(0, len(ids), step):
-            records = await self._door.gather(self._store.file, owner, ids[start : start + step])
-            found += [
-                record
-                for record in records
-                if record is not None
-                and not record.expired(now_s)
-                and query.purpose in (None, record.purpose)
-            ]
-            if len(found) > query.limit:
-                break
+
+        def wanted(record: FileRecord) -> bool:
+            return not record.expired(now_s) and query.purpose in (None, record.purpose)
+
+        found = await self._door.listed(self._store.file, owner, ids, query.limit, wanted)
         return page([record.shown() for record in found], query.limit)
 
     async def get(self, request: Request) -> Response:
@@ -133,11 +123,13 @@ class FilesApi:
     async def content(self, request: Request) -> Response:
         """`GET /v1/files/{id}/content`: streamed from the store."""
         record = await self._record(request)
-        return StreamingResponse(
-            self._pieces(record),
-            media_type="application/octet-stream",
-            headers={"content-length": str(record.size)},
-        )
+        options: dict[str, Any] = {
+            "media_type": "application/octet-stream",
+            "headers": {"content-length": str(record.size)},
+        }
+        if request.method == "HEAD":  # Starlette's routes answer it as GET, and read everything
+            return Response(**options)
+        return StreamingResponse(self._pieces(record), **options)
 
     async def _pieces(self, record: FileRecord) -> AsyncIterator[bytes]:
         for piece in record.pieces:

@@ -188,10 +188,15 @@ class Store:
     def reader_of(self, owner: str, file_id: str) -> str | None:
         """A batch that has not ended and reads this file."""
         for key in self.open_batches(owner):
-            request = self.request(key)
-            reads = request is not None and request.input_file_id == file_id
-            if reads and not self.state(key).ended:
-                return key.id
+            try:
+                request = self.request(key)
+                reads = request is not None and request.input_file_id == file_id
+                if reads and not self.state(key).ended:
+                    return key.id
+            except TransientStorageError:
+                raise
+            except StorageError as error:
+                logger.error("a batch is passed over: %s", error)  # which nobody can run either
         return None
 
     def close_batch(self, key: Key) -> None:

@@ -16,7 +16,7 @@ from phi4ray.serve import metrics
 from phi4ray.serve.body import BodyError, json_object
 from phi4ray.serve.headers import is_form, is_preflight, key_of, rate_limits
 from phi4ray.serve.limits import Limiter, Refused
-from phi4ray.serve.paths import FILES, OPEN, of_batches
+from phi4ray.serve.paths import FILES, INVOCATIONS, OPEN, of_batches, of_clients
 from phi4ray.serve.responses import send_error
 from phi4ray.serve.state import State
 from phi4ray.serve.tenants import KeyRing, Tenant
@@ -107,6 +107,9 @@ class Gate:
             state.tenant = tenant.name
             if tenant.disabled:
                 await refuse(403, "tenant_disabled", "this API key's owner is disabled")
+                return
+            if not of_clients(state.path):
+                await refuse(404, "not_found", "this path is not for the owners of API keys")
                 return
         if tenant is not None:
             await self._limited(tenant, scope, headers, receive, send)
@@ -228,8 +231,11 @@ async def _may(tenant: Tenant, scope: Scope, send: Send) -> bool:
     if may is None or of_batches(state.path):  # a batch names a file, no model
         return True
     message = ""
+    if state.path == INVOCATIONS:
+        # Which model that asks for a header says, and not the body.
+        message = f"this API key may use {', '.join(may)} only: ask at /v1, not at {INVOCATIONS}"
     # vLLM gives a request that names no model its first one, whichever that is.
-    if state.body is not None and state.body.get("model") not in may:
+    elif state.body is not None and state.body.get("model") not in may:
         message = f"'model' must be one that this API key may use: {', '.join(may)}"
     elif is_form(scope):
         message = (

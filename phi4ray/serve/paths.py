@@ -2,6 +2,9 @@
 
 from typing import Final
 
+INVOCATIONS: Final = "/invocations"
+"""SageMaker's: takes what one of the others takes."""
+
 GENERATING: Final = frozenset(
     {
         "/v1/chat/completions",
@@ -10,7 +13,7 @@ GENERATING: Final = frozenset(
         "/v1/responses",
         "/v1/messages",
         "/inference/v1/generate",
-        "/invocations",
+        INVOCATIONS,
         "/cohere/v2/chat",
         "/generative_scoring",
         # Of models that embed or classify.
@@ -34,6 +37,33 @@ FILES: Final = "/v1/files"
 """Where files are posted to: bodies of another size, which nobody holds in memory."""
 
 BATCHES: Final = "/v1/batches"
+
+
+CLIENTS: Final = GENERATING | {
+    "/v1/models",
+    "/tokenize",
+    "/detokenize",
+    "/tokenizer_info",
+    "/v1/messages/count_tokens",
+    "/v1/audio/transcriptions",
+    "/v1/audio/translations",
+    "/docs",
+    "/redoc",
+    "/openapi.json",
+}
+"""What vLLM has for clients. The rest is for whoever runs it: to put it to sleep, to scale it, to
+load adapters or weights, to abort requests of others."""
+
+
+def of_clients(path: str) -> bool:
+    """Whether a path is for those who have an API key of a tenant's."""
+    path = path.rstrip("/") or "/"
+    return (
+        path in CLIENTS
+        or of_batches(path)
+        or path.startswith(("/v1/responses/", "/v1/models/"))
+        or path.endswith(("/render", "/derender"))
+    )
 
 
 def of_batches(path: str) -> bool:

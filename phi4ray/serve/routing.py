@@ -13,9 +13,14 @@ from dataclasses import dataclass
 from pydantic import Field
 
 from phi4ray.config import Config
+from phi4ray.demand import Size
+from phi4ray.protocol import Json
 
 BLOCK_CHARS = 256
 """Characters of a prompt that are told apart at once: about four of vLLM's blocks of 16 tokens."""
+
+LIKELY_TOKENS, MOST_TOKENS = 256, 4096
+"""Of an answer without a limit, and of one with: limits are stated at will, and seldom reached."""
 
 
 class RoutingConfig(Config):
@@ -43,6 +48,13 @@ class Load:
     capacity_tokens: float
     demand_tokens: float
     at_s: float
+
+
+def likely_demand(body: Json) -> float:
+    """Tokens that a request will hold, where no more is known than what it says."""
+    size = Size.of(body)
+    answers = min(size.limit or LIKELY_TOKENS * size.sequences, MOST_TOKENS * size.sequences)
+    return size.ids + size.chars / 4 + answers
 
 
 class PrefixRouter:

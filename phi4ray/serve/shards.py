@@ -144,15 +144,14 @@ class ShardHost:
                 self._harvest.join(job.name, job.weight, job.priority)
                 worker = asyncio.create_task(self._worker(job))
                 self._jobs[job.name] = _Running(job, worker)
-        for name, shards in orders.drop.items():
-            for shard in shards & self._jobs[name].lanes.keys():
-                self._jobs[name].lanes.pop(shard).cancel()
-        for name, error in orders.stop.items():
-            if (ready := _ready(self._jobs[name])) is not None:
-                ready.stop(error)
-        for name, begun in orders.begin.items():
-            running = self._jobs[name]
-            for shard in begun:
+        # Without those that have ended here since the report was made: the next one says so.
+        for name, running in self._jobs.items():
+            for shard in orders.drop.get(name, frozenset()) & running.lanes.keys():
+                running.lanes.pop(shard).cancel()
+            stopped, ready = orders.stop.get(name), _ready(running)
+            if stopped is not None and ready is not None:
+                ready.stop(stopped)
+            for shard in orders.begin.get(name, ()):
                 if shard not in running.lanes:
                     running.lanes[shard] = asyncio.create_task(self._lane(running, shard))
 

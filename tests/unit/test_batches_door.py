@@ -7,6 +7,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -216,6 +217,29 @@ def test_a_file_that_a_batch_reads_is_not_deleted(tmp_path: Any) -> None:
             ended(client, batch_id)
         assert client.files.delete(file_id).deleted
         assert client.batches.retrieve(batch_id).status == "completed"
+
+
+def test_what_a_newer_version_wrote_hides_nothing_else(tmp_path: Path) -> None:
+    with listening(service(str(tmp_path))) as url:
+        client = client_of(url)
+        files = [upload(client, line(number)) for number in range(4)]
+        batches = [create(client, file_id).id for file_id in files[:2]]
+        for unknown in (files[0], batches[1]):
+            (record,) = (one for one in tmp_path.rglob(f"{unknown}.json") if "ends" not in str(one))
+            record.write_text('{"newer": 1}')
+        assert [one.id for one in client.files.list(limit=1)] == files[:0:-1]
+        assert [one.id for one in client.batches.list(limit=1)] == batches[:1]
+        assert client.files.delete(files[3]).deleted
+
+
+def test_to_ask_how_large_a_file_is_does_not_read_it(tmp_path: Path, monkeypatch: Any) -> None:
+    with listening(service(str(tmp_path))) as url:
+        file_id = upload(client_of(url), line(1))
+        monkeypatch.setattr(LocalStorage, "open", opened := Mock())
+        found = httpx.head(f"{url}/v1/files/{file_id}/content")
+        opened.assert_not_called()
+        assert found.status_code == 200
+        assert int(found.headers["content-length"]) > 100
 
 
 @pytest.mark.slow

@@ -326,6 +326,35 @@ def test_a_tenant_with_models_must_name_one_of_them(
     assert answer_to(gate, json=body, content=None, headers=KEY).status_code == status
 
 
+def test_a_tenant_with_models_may_not_ask_where_a_header_names_one(tmp_path: Path) -> None:
+    header = {"x-amzn-sagemaker-adapter-identifier": "other"}
+    gate = gated(App(), **keys(tmp_path, models=["m"]))
+    refused(answer_to(gate, "/invocations", headers=KEY | header), 403, "model_not_allowed")
+    refused(answer_to(gate, "/invocations", headers=KEY), 403, "model_not_allowed")
+    assert answer_to(gated(App(), **keys(tmp_path)), "/invocations", headers=KEY).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/v1/models", 200),
+        ("/v1/models/m", 200),
+        ("/v1/responses/resp_1/cancel", 200),
+        ("/v1/completions/render", 200),
+        ("/tokenize", 200),
+        ("/v1/batches/batch_1/cancel", 200),
+        ("/scale_elastic_ep", 404),
+        ("/sleep", 404),
+        ("/collective_rpc/", 404),
+        ("/v1/load_lora_adapter", 404),
+        ("/inference/v1/abort_requests", 404),
+        ("/abort_requests", 404),
+    ],
+)
+def test_what_runs_a_replica_is_not_for_tenants(tmp_path: Path, path: str, status: int) -> None:
+    assert answer_to(gated(App(), **keys(tmp_path)), path, headers=KEY).status_code == status
+
+
 @pytest.mark.parametrize(
     "kind",
     ["multipart/form-data; boundary=x", "Multipart/Mixed", FORM.decode(), f"{FORM.decode()};"],

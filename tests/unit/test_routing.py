@@ -3,10 +3,18 @@
 import random
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi4ray.serve.routing import BLOCK_CHARS, Load, PrefixRouter, RoutingConfig, prefix_blocks
+from phi4ray.serve.routing import (
+    BLOCK_CHARS,
+    Load,
+    PrefixRouter,
+    RoutingConfig,
+    likely_demand,
+    prefix_blocks,
+)
 
 SYSTEM = "You are a careful assistant. " * 40
 
@@ -62,6 +70,11 @@ def test_news_of_a_replica_replaces_what_was_guessed() -> None:
     assert first(route, "", 1, loads(a=0, b=100)) == "b"
     news = {"a": Load(1000, 0, 1.0), "b": Load(1000, 100, 0.0)}
     assert first(route, "", 1, news) == "a"
+
+
+@pytest.mark.parametrize("limit", [10**9, 10**300, 10**400])
+def test_no_limit_that_a_request_states_makes_a_replica_look_full(limit: int) -> None:
+    assert likely_demand({"prompt": "a" * 40, "max_tokens": limit, "n": 2}) == 10 + 2 * 4096
 
 
 def test_a_replica_that_is_gone_is_forgotten() -> None:

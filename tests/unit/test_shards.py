@@ -17,7 +17,7 @@ from rich.console import Console
 from phi4ray import preemption
 from phi4ray.batch import answers as answers_module
 from phi4ray.batch import jobtable
-from phi4ray.batch.jobtable import MAX_DIED, JobTable, Report
+from phi4ray.batch.jobtable import MAX_DIED, JobTable, Orders, Report
 from phi4ray.batch.parts import Receipt
 from phi4ray.batch.plan import Plan
 from phi4ray.batch.run import run_batch
@@ -73,14 +73,14 @@ class Replica:
         self.harvest = Harvest(HarvestConfig(idle_s=0.1), self.admission)
         self.engine.on_step = self.harvest.step
         engine = ENGINE.model_copy(update={"model": model})
-        self._host = ShardHost(name, engine, self.engine, self.harvest)
+        self.host = ShardHost(name, engine, self.engine, self.harvest)
         self._table = table
         self._task = asyncio.create_task(self._exchange())
 
     async def _exchange(self) -> None:
         while True:
-            report = self._host.report()
-            self._host.obey(report, self._table().exchange(report, time.monotonic()))
+            report = self.host.report()
+            self.host.obey(report, self._table().exchange(report, time.monotonic()))
             await asyncio.sleep(0.01)
 
     async def asked(self, rows: int) -> None:
@@ -89,15 +89,15 @@ class Replica:
             await asyncio.sleep(0.005)
 
     def drain(self, draining: bool = True) -> None:
-        self._host.drain(draining)
+        self.host.drain(draining)
 
     def report(self) -> Report:
-        return self._host.report()
+        return self.host.report()
 
     def kill(self) -> None:
         """Its process is gone: nothing it does from now on counts."""
         self._task.cancel()
-        for running in self._host._jobs.values():
+        for running in self.host._jobs.values():
             running.worker.cancel()
             for lane in list(running.lanes.values()):
                 lane.cancel()
@@ -115,7 +115,7 @@ class Fleet:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self._scenario: Future[Any] = self.do(scenario(self))
+        self.scenario: Future[Any] = self.do(scenario(self))
 
     def do(self, work: Any) -> "Future[Any]":
         return asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -148,7 +148,7 @@ class Fleet:
         return executor.run_shards(config, plan, pending)
 
     def close(self) -> None:
-        self._scenario.cancel()
+        self.scenario.cancel()
 
         async def end() -> None:
             others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -316,6 +316,30 @@ def test_a_replica_that_does_not_drain_after_all_works_on(
 
     rows = finish(planned(tmp_path, 200), fleet(scenario))
     assert [row["n"] for row in rows] == list(range(200))
+
+
+def test_orders_about_a_job_that_has_ended_here_are_passed_over(
+    tmp_path: Path, fleet: Callable[..., Fleet]
+) -> None:
+    """It drained while it asked, and does not any more when the answer comes."""
+
+    async def scenario(on: Fleet) -> None:
+        replica = on.start(latency_s=0.01)
+        await replica.asked(20)
+        report = replica.report()
+        orders = Orders(
+            live=frozenset(report.wanted),
+            begin=dict.fromkeys(report.wanted, (0, 1)),
+            drop=dict.fromkeys(report.wanted, frozenset([2])),
+        )
+        replica.drain()
+        replica.drain(False)
+        replica.host.obey(report, orders)
+
+    on = fleet(scenario)
+    rows = finish(planned(tmp_path, 200), on)
+    assert [row["n"] for row in rows] == list(range(200))
+    on.scenario.result(1)
 
 
 def test_waiting_for_slack_is_not_under_the_timeout_of_a_row(
