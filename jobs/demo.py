@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import httpx
 import pyarrow as pa
@@ -56,7 +57,10 @@ def main() -> int:
 
 @contextmanager
 def embedded_s3() -> Iterator[str]:
-    """Serve S3 from this process's memory, with an empty bucket `demo`; gives the endpoint."""
+    """Serve S3 from this process's memory, with an empty bucket `demo`; gives the endpoint.
+
+    Inside the block neither this process nor its jobs know of another store, nor of a cluster.
+    """
     from moto.server import ThreadedMotoServer  # of the extra `dev`
 
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # which tells of each request
@@ -65,14 +69,20 @@ def embedded_s3() -> Iterator[str]:
     try:
         host, port = server.get_host_and_port()
         endpoint = f"http://{host}:{port}"
-        os.environ |= {
-            "AWS_ENDPOINT_URL": endpoint,
-            "AWS_ACCESS_KEY_ID": "demo",
-            "AWS_SECRET_ACCESS_KEY": "demo",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
-        httpx.put(f"{endpoint}/demo").raise_for_status()
-        yield endpoint
+        with patch.dict(os.environ):  # which is put back at the end
+            for name in list(os.environ):
+                if name.startswith("AWS_") or name == "RAY_ADDRESS":
+                    del os.environ[name]
+            os.environ |= {
+                "AWS_ENDPOINT_URL": endpoint,
+                "AWS_ENDPOINT_URL_S3": endpoint,
+                "AWS_ACCESS_KEY_ID": "demo",
+                "AWS_SECRET_ACCESS_KEY": "demo",
+                "AWS_REGION": "us-east-1",
+                "AWS_DEFAULT_REGION": "us-east-1",
+            }
+            httpx.put(f"{endpoint}/demo").raise_for_status()
+            yield endpoint
     finally:
         server.stop()
 
