@@ -8,7 +8,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from jobs.flags import bare_parser
 from phi4ray.batch.plan import REPORT_NAME
 from phi4ray.storage import join, storage_for
 from phi4ray.train.tiny import make_tiny_model
@@ -28,8 +29,9 @@ WORK = ROOT / ".demo"
 PROMPTS, ANSWERS = "s3://demo/prompts/", "s3://demo/answers/"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the job's exit code, 3 because one of its rows is wrong on purpose."""
+    bare_parser("demo.py", __doc__ or "", "").parse_args(argv)
     console = Console(highlight=False)
     console.rule("a tiny model of Phi-4's architecture, with random weights")
     model = make_tiny_model(WORK / "tiny-phi-4")

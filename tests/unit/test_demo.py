@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from jobs.demo import PROMPTS, embedded_s3
+from jobs.demo import PROMPTS, embedded_s3, main
 from phi4ray.storage import join, s3, storage_for
 
 pytestmark = pytest.mark.slow
@@ -35,3 +35,14 @@ def test_the_demo_stays_on_this_machine_whatever_the_shell_is_set_to(
     finally:
         s3._client.cache_clear()
     assert dict(os.environ) == before
+
+
+def test_the_demo_tells_of_itself_and_refuses_what_it_does_not_know(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("jobs.demo.make_tiny_model", None)  # nothing is made for it
+    for argument, code in (("--help", 0), ("--steps", 2)):
+        with pytest.raises(SystemExit) as ended:
+            main([argument])
+        assert ended.value.code == code
+    assert "make demo" in capsys.readouterr().out
