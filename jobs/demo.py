@@ -8,9 +8,10 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import httpx
 import pyarrow as pa
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from jobs.flags import bare_parser
 from phi4ray.batch.plan import REPORT_NAME
 from phi4ray.storage import join, storage_for
 from phi4ray.train.tiny import make_tiny_model
@@ -27,8 +29,9 @@ WORK = ROOT / ".demo"
 PROMPTS, ANSWERS = "s3://demo/prompts/", "s3://demo/answers/"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the job's exit code, 3 because one of its rows is wrong on purpose."""
+    bare_parser("demo.py", __doc__ or "", "").parse_args(argv)
     console = Console(highlight=False)
     console.rule("a tiny model of Phi-4's architecture, with random weights")
     model = make_tiny_model(WORK / "tiny-phi-4")
@@ -56,7 +59,10 @@ def main() -> int:
 
 @contextmanager
 def embedded_s3() -> Iterator[str]:
-    """Serve S3 from this process's memory, with an empty bucket `demo`; gives the endpoint."""
+    """Serve S3 from this process's memory, with an empty bucket `demo`; gives the endpoint.
+
+    Inside the block neither this process nor its jobs know of another store, nor of a cluster.
+    """
     from moto.server import ThreadedMotoServer  # of the extra `dev`
 
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # which tells of each request
@@ -65,14 +71,20 @@ def embedded_s3() -> Iterator[str]:
     try:
         host, port = server.get_host_and_port()
         endpoint = f"http://{host}:{port}"
-        os.environ |= {
-            "AWS_ENDPOINT_URL": endpoint,
-            "AWS_ACCESS_KEY_ID": "demo",
-            "AWS_SECRET_ACCESS_KEY": "demo",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
-        httpx.put(f"{endpoint}/demo").raise_for_status()
-        yield endpoint
+        with patch.dict(os.environ):  # which is put back at the end
+            for name in list(os.environ):
+                if name.startswith("AWS_") or name == "RAY_ADDRESS":
+                    del os.environ[name]
+            os.environ |= {
+                "AWS_ENDPOINT_URL": endpoint,
+                "AWS_ENDPOINT_URL_S3": endpoint,
+                "AWS_ACCESS_KEY_ID": "demo",
+                "AWS_SECRET_ACCESS_KEY": "demo",
+                "AWS_REGION": "us-east-1",
+                "AWS_DEFAULT_REGION": "us-east-1",
+            }
+            httpx.put(f"{endpoint}/demo").raise_for_status()
+            yield endpoint
     finally:
         server.stop()
 

@@ -76,7 +76,12 @@ def create(venv: Path) -> None:
     if venv.exists() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").exists():
         raise SystemExit(f"{venv} is there and is no virtual environment: move it away")
     say(f"creating {venv} with Python {platform.python_version()}")
-    subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
+    try:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(
+            f"{sys.executable} cannot make {venv}: on Debian and Ubuntu install python3-venv"
+        ) from error
 
 
 def requirements(pyproject: Path) -> list[str]:
@@ -125,10 +130,19 @@ def pip(python: Path, *arguments: str) -> None:
 def verify(python: Path) -> str:
     """Import what matters and return the versions."""
     code = (
-        "import phi4ray, torch, vllm; print(f'torch {torch.__version__}, vLLM {vllm.__version__}')"
+        "import phi4ray, torch, vllm, vllm.platforms as p; p.current_platform.import_kernels(); "
+        "print(f'torch {torch.__version__}, vLLM {vllm.__version__}')"
     )
     # Elsewhere than in the repository, which would lend its packages to an environment without.
-    result = subprocess.run([python, "-c", code], cwd=VENV, capture_output=True, text=True)
+    # vLLM picks its kernels for this CPU, and of those that cannot be loaded it only warns.
+    env = {**os.environ, "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CONFIGURE_LOGGING": "1"}
+    result = subprocess.run([python, "-c", code], cwd=VENV, env=env, capture_output=True, text=True)
+    absent = re.search(r"_C.*?\b(lib[\w+-]+\.so[\d.]*): ", result.stdout + result.stderr)
+    if absent:
+        raise SystemExit(
+            f"vLLM cannot load {absent[1]}: install it (libnuma.so.1 is in libnuma1 on Debian and "
+            "Ubuntu) and try again"
+        )
     if result.returncode:
         raise SystemExit(f"{VENV} does not work; remove it and try again:\n{result.stderr}")
     return result.stdout.splitlines()[-1]

@@ -469,9 +469,9 @@ def _translated(uri: str) -> Iterator[None]:
     except ClientError as error:
         raise _of_client_error(uri, error) from error
     except _CUT as error:
+        used = next((name for name in _ENDPOINTS if os.environ.get(name)), _ENDPOINTS[-1])
         raise TransientStorageError(
-            f"{uri}: {error}: check the network, and AWS_ENDPOINT_URL="
-            f"{os.environ.get('AWS_ENDPOINT_URL', '(not set)')}"
+            f"{uri}: {error}: check the network, and {used}={os.environ.get(used, '(not set)')}"
         ) from error
     except BotoCoreError as error:
         raise StorageError(f"{uri}: {error}") from error

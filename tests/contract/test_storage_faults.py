@@ -193,12 +193,13 @@ def test_missing_credentials_say_what_to_set(
         storage_for(s3_prefix).read(join(s3_prefix, "x"))
 
 
-def test_a_server_that_is_not_there_is_a_transient_error(
-    s3_prefix: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+def test_a_server_that_is_not_there_is_a_transient_error_that_names_the_variable_it_is_from(
+    s3_prefix: str, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
     monkeypatch.setattr(s3, "RETRIES", 1)
     monkeypatch.setattr(s3, "_resumed", s3._resumed.copy(stop=lambda _: True))
     s3._client.cache_clear()
-    with pytest.raises(TransientStorageError, match="check the network, and AWS_ENDPOINT_URL"):
+    with pytest.raises(TransientStorageError, match=f"network, and {variable}=http://127.0.0.1:9$"):
         storage_for(s3_prefix).read(join(s3_prefix, "x"))

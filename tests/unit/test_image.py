@@ -44,6 +44,14 @@ def test_the_image_has_all_that_the_package_requires(target: str, extras: tuple[
     assert tuple(re.findall(r"--extra (\S+)", made)) == extras
 
 
+def test_the_driver_that_cuda_needs_is_said_where_it_is_installed() -> None:
+    assert pinned("gpu")["cuda-toolkit"].startswith("13.")
+    for name in ("README.md", "docs/operations.md"):
+        text = " ".join((ROOT / name).read_text().split())
+        assert "CUDA 13" in text
+        assert re.search(r"need\w* an NVIDIA driver of 580 or later", text), name
+
+
 @each_overlay
 def test_images_and_ray_have_the_versions_of_the_package_and_of_the_pins(name: str) -> None:
     target = "cpu" if name.startswith("cpu-") else "gpu"

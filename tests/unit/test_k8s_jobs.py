@@ -1,14 +1,19 @@
 """The jobs of the manifests: what they run, and what becomes of them when something dies."""
 
 import os
+import re
+import shlex
 import subprocess
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import pytest
+import yaml
 
+from jobs import batch_infer
 from tests.manifests import (
     OVERLAYS,
+    ROOT,
     Object,
     clusters,
     container,
@@ -16,9 +21,11 @@ from tests.manifests import (
     groups,
     job_of,
     jobs,
+    needs_crds,
     needs_kustomize,
     of_kind,
     overlay,
+    schemas,
 )
 
 pytestmark = [needs_kustomize, pytest.mark.slow]
@@ -90,6 +97,42 @@ def test_the_submitter_has_the_image_of_the_cluster(name: str) -> None:
     [submitter] = job["submitterPodTemplate"]["spec"]["containers"]
     assert submitter["image"] == container(job["rayClusterSpec"]["headGroupSpec"])["image"]
     assert "command" not in submitter  # KubeRay puts the submission there
+
+
+def documented() -> Object:
+    """The RayJob that docs/operations.md has for a fleet."""
+    text = (ROOT / "docs" / "operations.md").read_text()
+    [job] = re.findall(r"^```yaml\n(apiVersion: .*?)^```$", text, re.DOTALL | re.MULTILINE)
+    found: Object = yaml.safe_load(job)
+    return found
+
+
+@needs_crds
+def test_the_documented_job_for_a_fleet_has_only_fields_that_kuberay_knows() -> None:
+    schemas()["RayJob"].validate(documented())
+
+
+def test_the_documented_job_for_a_fleet_is_submitted_by_the_operator_who_may_reach_it() -> None:
+    [fleet] = of_kind(overlay("h200/fleet"), "RayCluster")
+    [policy] = of_kind(overlay("h200/fleet"), "NetworkPolicy")
+    job = documented()
+    assert job["metadata"]["namespace"] == fleet["metadata"]["namespace"]
+    assert job["spec"]["clusterSelector"] == {"ray.io/cluster": fleet["metadata"]["name"]}
+    dashboard = [
+        sources["from"]
+        for sources in policy["spec"]["ingress"]
+        if 8265 in [port["port"] for port in sources.get("ports", ())]
+    ]
+    operator = {"kubernetes.io/metadata.name": "kuberay-operator"}
+    assert dashboard == [[{"namespaceSelector": {"matchLabels": operator}}]]
+    assert job["spec"]["submissionMode"] == "HTTPMode"
+
+
+def test_the_documented_job_for_a_fleet_is_one_that_the_job_takes() -> None:
+    command = documented()["spec"]["entrypoint"].removesuffix(" || test $? -eq 3")
+    python, _, module, *arguments = shlex.split(command)
+    assert (python, module) == ("python", "jobs.batch_infer")
+    batch_infer.configuration(batch_infer.parser().parse_args(arguments))
 
 
 def test_the_schedule_is_in_a_time_zone_that_there_is() -> None:

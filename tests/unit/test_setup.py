@@ -150,6 +150,40 @@ def test_a_broken_environment_is_made_anew(tmp_path: Path) -> None:
     assert not (venv / "half").exists()
 
 
+def other_python(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Path:
+    python = folder / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(setup.sys, "executable", str(python))
+    monkeypatch.setattr(setup, "VENV", folder)
+    return python
+
+
+def test_a_python_without_venv_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other_python(tmp_path, monkeypatch, "exit 1")
+    with pytest.raises(SystemExit, match=r"^[^\n]* install python3-venv$"):
+        setup.create(tmp_path / "venv")
+
+
+def test_an_engine_without_a_library_of_the_system_does_not_work_and_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warning = (
+        "Failed to import from vllm._C_AVX2: ImportError('libnuma.so.1: cannot open shared "
+        "object file: No such file or directory')"
+    )
+    python = other_python(tmp_path, monkeypatch, f'echo "{warning}"; echo torch 2, vLLM 0')
+    with pytest.raises(SystemExit, match=r"^vLLM cannot load libnuma\.so\.1: [^\n]*libnuma1"):
+        setup.verify(python)
+
+
+def test_the_readme_says_how_to_have_the_environment_before_it_is_used() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert text.index("\n. .venv/bin/activate ") < text.index("python jobs/")
+
+
 def test_a_failing_pip_shows_what_it_said(wheels: Path, capsys: pytest.CaptureFixture[str]) -> None:
     venv = wheels / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
