@@ -42,6 +42,7 @@ class Storage(Protocol):
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Objects below a prefix taken as a folder, by name; none if there is no such folder.
 
+        However many `/` end the prefix, it is the folder that `join` writes to.
         Cost: one request for each 1,000 objects.
         """
         ...

@@ -87,7 +87,7 @@ class S3Storage:
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """See `Storage.list`."""
-        bucket, key = split(prefix if prefix.endswith("/") else f"{prefix}/")
+        bucket, key = split(f"{prefix.rstrip('/')}/")  # as `join` writes it: `out//` is `out/`
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
         with _translated(prefix):
             for page in pages:

@@ -96,7 +96,7 @@ def _matches(pattern: str, endings: tuple[str, ...]) -> Iterator[ObjectInfo]:
             if item.uri.endswith(endings) and not _hidden(item.uri.removeprefix(folder)):
                 yield item
         return
-    root = pattern[: pattern.rindex("/", 0, magic.start()) + 1]
+    root = pattern[: pattern.rindex("/", 0, magic.start())].rstrip("/") + "/"
     globs = pattern.removeprefix(root).split("/")
     for item in storage.list(root):
         name = item.uri.removeprefix(root)

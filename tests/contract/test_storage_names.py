@@ -59,6 +59,21 @@ def test_what_is_listed_lies_below_the_joined_prefix(here: Path) -> None:
         assert item.uri.removeprefix(join(spelling, "")) == "a/b"
 
 
+@pytest.mark.parametrize("slashes", ["", "/", "//", "///"])
+def test_a_folder_is_one_however_many_slashes_end_it(prefix: str, slashes: str) -> None:
+    folder = join(prefix, "out") + slashes
+    (uri,) = put(folder, "a")
+    assert uri == join(prefix, "out/a")
+    assert [item.uri for item in storage_for(folder).list(folder)] == [uri]
+
+
+def test_slashes_within_a_key_are_kept(s3_prefix: str) -> None:
+    put(s3_prefix, "in/a.jsonl", "in//b.jsonl", "in//deep/c.jsonl")
+    assert names(s3_prefix, "in//b.jsonl") == names(s3_prefix, "in//*.jsonl") == ["in//b.jsonl"]
+    assert names(s3_prefix, "in//**/*.jsonl") == ["in//b.jsonl", "in//deep/c.jsonl"]
+    assert names(s3_prefix, "in/*.jsonl") == ["in/a.jsonl"]
+
+
 @pytest.mark.parametrize("uri", ["gs://bucket/x", "https://host/x", "s3a://b/x", "a+b://x/y"])
 def test_an_unknown_scheme_is_refused_with_the_known_ones(uri: str) -> None:
     with pytest.raises(ConfigError, match=r"s3://.*file://"):

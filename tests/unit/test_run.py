@@ -125,6 +125,14 @@ def test_every_row_of_every_file_has_its_answer_once(tmp_path: Path) -> None:
     assert succeeded(config)
 
 
+def test_an_output_that_ends_in_two_slashes_is_one_folder(tmp_path: Path, s3_prefix: str) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(25))
+    config = job(tmp_path, output=f"{s3_prefix}out//", shard_rows=10)
+    assert run(config).rows == 25
+    run(config, never)
+    assert storage_for(s3_prefix).head(f"{s3_prefix}out/_SUCCESS").size == 0
+
+
 def test_the_manifest_says_what_lies_there(tmp_path: Path) -> None:
     write_lines(tmp_path / "in" / "a.jsonl", [*prompts(25), b"{", {"id": "none"}])
     config = job(tmp_path, shard_rows=10)
