@@ -36,7 +36,7 @@ from phi4ray.batch.scan import (
 from phi4ray.config import BatchConfig
 from phi4ray.errors import ConfigError, InputError, ObjectNotFoundError, PreconditionError
 from phi4ray.fingerprint import fingerprint
-from phi4ray.storage import expand, join, storage_for
+from phi4ray.storage import TEMPORARY, expand, join, storage_for
 
 
 def obtain_plan(config: BatchConfig, executor: Executor, *, dry_run: bool = False) -> Plan:
@@ -44,6 +44,7 @@ def obtain_plan(config: BatchConfig, executor: Executor, *, dry_run: bool = Fals
 
     Raises:
         PlanMismatchError: the plan there is another job's.
+        StorageError: the output cannot be written; told before the inputs are scanned.
     """
     inputs = list_inputs(config)
     identity = identity_of(config, chat_template_text(config), fingerprint(config.engine))
@@ -51,6 +52,8 @@ def obtain_plan(config: BatchConfig, executor: Executor, *, dry_run: bool = Fals
     try:
         plan = stored_plan(config.output)
     except ObjectNotFoundError:
+        if not dry_run:
+            check_writable(config.output)
         plan = scan_inputs(config, inputs, identity, executor)
         if dry_run:
             return plan
@@ -71,6 +74,18 @@ def stored_plan(output: str) -> Plan:
     """
     uri = join(output, PLAN_NAME)
     return read_plan(storage_for(uri).read(uri), uri)
+
+
+def check_writable(output: str) -> None:
+    """Write an object below an output prefix and remove it again: a scan may take hours.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    uri = join(output, f"{TEMPORARY}check")
+    storage = storage_for(uri)
+    storage.write(uri, b"")
+    storage.delete(uri)
 
 
 def check_shared(config: BatchConfig, plan: Plan, node: str) -> None:

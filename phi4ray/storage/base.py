@@ -36,7 +36,7 @@ class Storage(Protocol):
 
     AccessDeniedError: credentials are missing or do not suffice.
     TransientStorageError: still failing after the client's own retries.
-    StorageError: any other refusal.
+    StorageError: any other refusal, and a bucket that is not there.
     """
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:

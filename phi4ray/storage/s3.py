@@ -62,7 +62,7 @@ SKIP_BYTES = 4 << 20
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _DENIED = {"401", "403", "AccessDenied", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch",
            "ExpiredToken", "InvalidToken", "AllAccessDisabled"}  # fmt: skip
-_MISSING = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
+_MISSING = {"404", "NoSuchKey", "NotFound"}
 _PRECONDITION = {"412", "PreconditionFailed"}
 _TRANSIENT = {"408", "409", "429", "500", "502", "503", "504", "InternalError", "SlowDown",
               "ServiceUnavailable", "RequestTimeout", "ConditionalRequestConflict",
@@ -480,9 +480,10 @@ def _translated(uri: str) -> Iterator[None]:
 def _of_client_error(uri: str, error: ClientError) -> StorageError:
     code, bucket = _code(error), split(uri)[0]
     status = str(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
+    if code == "NoSuchBucket":  # no missing object: nothing can be written there either
+        return StorageError(f"{uri}: there is no bucket {bucket}: create it, or correct its name")
     if code in _MISSING:
-        what = f"bucket {bucket}" if code == "NoSuchBucket" else f"object {uri}"
-        return ObjectNotFoundError(f"there is no {what}")
+        return ObjectNotFoundError(f"there is no object {uri}")
     if code in _PRECONDITION:
         return PreconditionError(f"{uri} is not the expected object, or exists already")
     text = str(error)

@@ -35,11 +35,13 @@ from phi4ray.errors import (
     IncompleteOutputError,
     InputError,
     PlanMismatchError,
+    StorageError,
     TooManyErrorsError,
 )
 from phi4ray.fake import FakeReplica, fake_text
 from phi4ray.protocol import Answer, Json, Replica
 from phi4ray.storage import storage_for
+from phi4ray.storage.local import LocalStorage
 from tests.small_jobs import (
     answers,
     engine,
@@ -418,6 +420,46 @@ def test_patterns_that_match_nothing_are_told(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     with pytest.raises(InputError, match="matches no file"):
         run(job(tmp_path), never)
+
+
+class Unscanned(InProcessExecutor):
+    def map(self, function: Any, items: Any) -> Iterator[Any]:
+        raise AssertionError("nothing was to be scanned")
+
+
+def test_a_bucket_that_is_not_there_is_told_before_the_scan(tmp_path: Path, s3_prefix: str) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(1))
+    config = job(tmp_path, output="s3://no-such-bucket/out")
+    for dry_run in (False, True):
+        with pytest.raises(StorageError, match="no bucket no-such-bucket: create it"):
+            obtain_plan(config, Unscanned(), dry_run=dry_run)
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_scan(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(1))
+    (tmp_path / "file").write_text("no folder")
+    config = job(tmp_path, output=f"{tmp_path}/file/out")
+    with pytest.raises(StorageError, match="a file stands where its folder should be"):
+        obtain_plan(config, Unscanned())
+
+
+def test_proving_that_the_output_can_be_written_leaves_nothing_there(
+    tmp_path: Path, s3_prefix: str
+) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(1))
+    obtain_plan(job(tmp_path, output=s3_prefix), InProcessExecutor())
+    listed = [item.uri for item in storage_for(s3_prefix).list(s3_prefix)]
+    assert listed == [f"{s3_prefix}_plan.json"]
+
+
+def test_a_finished_job_asks_for_no_proof_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(1))
+    config = job(tmp_path)
+    plan = obtain_plan(config, InProcessExecutor())
+    monkeypatch.setattr(LocalStorage, "write", None)
+    assert obtain_plan(config, Unscanned()) == plan
 
 
 def test_an_input_whose_name_is_not_utf8_is_told(tmp_path: Path) -> None:
