@@ -39,10 +39,12 @@ class Storage(Protocol):
     StorageError: any other refusal, and a bucket that is not there.
     """
 
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+    def list(self, prefix: str, begins: str = "") -> Iterator[ObjectInfo]:
         """Objects below a prefix taken as a folder, by name; none if there is no such folder.
 
-        However many `/` end the prefix, it is the folder that `join` writes to.
+        However many `/` end the prefix, it is the folder that `join` writes to. Of what is in it,
+        `begins` leaves only names that begin so.
+
         Cost: one request for each 1,000 objects.
         """
         ...

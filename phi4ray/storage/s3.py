@@ -89,12 +89,12 @@ class S3Storage:
         with _lock:
             return _client(os.getpid())
 
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+    def list(self, prefix: str, begins: str = "") -> Iterator[ObjectInfo]:
         """See `Storage.list`."""
         bucket, key = split(f"{prefix.rstrip('/')}/")  # as `join` writes it: `out//` is `out/`
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
+        pages = self._client.get_paginator("list_objects_v2")
         with _translated(prefix):
-            for page in pages:
+            for page in pages.paginate(Bucket=bucket, Prefix=key + begins):
                 for found in page.get("Contents", ()):
                     if not found["Key"].endswith("/"):  # a folder's placeholder
                         uri = f"{SCHEME}{bucket}/{found['Key']}"

@@ -1,5 +1,6 @@
 """Names: joining them, their one normal form, and the objects that patterns stand for."""
 
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -83,24 +84,30 @@ def _matches(pattern: str, endings: tuple[str, ...]) -> Iterator[ObjectInfo]:
     if magic and pattern.startswith(SCHEME) and pattern.count("/", 0, magic.start()) == 2:
         raise InputError(f"--input {pattern}: a bucket is named in full, it cannot be a pattern")
     bucket = pattern.startswith(SCHEME) and pattern.count("/") == 2
+    folder, named = join(pattern, ""), None
     # A file may be called like a glob, or like a folder; a folder may be called like a glob.
     if not pattern.endswith("/") and not bucket:
-        try:
-            yield storage.head(pattern)
-            return
-        except ObjectNotFoundError:
-            pass
-    folder = join(pattern, "")
-    if not magic or any(storage.list(folder)):
-        for item in storage.list(folder):
-            if item.uri.endswith(endings) and not _hidden(item.uri.removeprefix(folder)):
+        with contextlib.suppress(ObjectNotFoundError):
+            named = storage.head(pattern)
+    if named is not None:
+        # On S3 an object without an ending may be the mark of a folder.
+        below = [] if named.uri.endswith(endings) else list(_inputs(storage, folder, endings))
+        yield from below or [named]
+    elif not magic or any(storage.list(folder)):
+        yield from _inputs(storage, folder, endings)
+    else:
+        literal = pattern[: magic.start()]
+        root = literal[: literal.rindex("/")].rstrip("/") + "/"
+        globs = pattern.removeprefix(root).split("/")
+        for item in storage.list(root, literal.removeprefix(root)):
+            name = item.uri.removeprefix(root)
+            if not _hidden(name) and _fits(name.split("/"), globs):
                 yield item
-        return
-    root = pattern[: pattern.rindex("/", 0, magic.start())].rstrip("/") + "/"
-    globs = pattern.removeprefix(root).split("/")
-    for item in storage.list(root):
-        name = item.uri.removeprefix(root)
-        if not _hidden(name) and _fits(name.split("/"), globs):
+
+
+def _inputs(storage: Storage, folder: str, endings: tuple[str, ...]) -> Iterator[ObjectInfo]:
+    for item in storage.list(folder):
+        if item.uri.endswith(endings) and not _hidden(item.uri.removeprefix(folder)):
             yield item
 
 

@@ -9,7 +9,7 @@ from phi4ray.errors import (
     ConfigError,
     InputError,
 )
-from phi4ray.storage import expand, join, storage_for
+from phi4ray.storage import expand, join, s3, storage_for
 
 
 def put(prefix: str, *names: str) -> list[str]:
@@ -102,6 +102,35 @@ def test_an_object_called_like_a_folder_is_taken_as_the_object(s3_prefix: str) -
     put(s3_prefix, "in.jsonl", "in.jsonl/x.jsonl")
     assert names(s3_prefix, "in.jsonl") == ["in.jsonl"]
     assert names(s3_prefix, "in.jsonl/") == ["in.jsonl/x.jsonl"]
+
+
+def test_an_object_that_marks_a_folder_does_not_hide_it(s3_prefix: str) -> None:
+    put(s3_prefix, "mark", "mark/a.jsonl", "alone")
+    assert names(s3_prefix, "mark") == ["mark/a.jsonl"]
+    with pytest.raises(InputError, match="alone: its name does not tell its format"):
+        names(s3_prefix, "alone")
+
+
+@pytest.mark.parametrize(
+    ("glob", "listed"),
+    [
+        ("in20*/*.jsonl", "folder/in20"),
+        ("in2024/a*", "folder/in2024/a"),
+        ("in//b*", "folder/in//b"),
+        ("[i]*", "folder/"),
+    ],
+)
+def test_of_a_glob_only_what_begins_as_it_does_is_listed(
+    s3_prefix: str, glob: str, listed: str
+) -> None:
+    put(s3_prefix, "in2024/a.jsonl", "in//b.jsonl", "i.jsonl", "other/a.jsonl")
+    asked: list[str] = []
+    events = s3.S3Storage()._client.meta.events
+    events.register(
+        "provide-client-params.s3.ListObjectsV2", lambda params, **_: asked.append(params["Prefix"])
+    )
+    assert len(names(s3_prefix, glob)) == 1
+    assert asked[-1] == listed
 
 
 def test_a_whole_bucket_is_a_folder(s3_prefix: str) -> None:
