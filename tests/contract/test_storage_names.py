@@ -133,6 +133,23 @@ def test_of_a_glob_only_what_begins_as_it_does_is_listed(
     assert asked[-1] == listed
 
 
+def test_endings_are_known_in_capitals_too(prefix: str) -> None:
+    put(prefix, "in/A.JSONL", "in/b.Jsonl.GZ", "in/c.PARQUET")
+    assert names(prefix, "in/") == ["in/A.JSONL", "in/b.Jsonl.GZ", "in/c.PARQUET"]
+    assert names(prefix, "in/A.JSONL") == ["in/A.JSONL"]
+
+
+def test_files_of_a_folder_that_are_no_inputs_are_told_with_one_of_them(prefix: str) -> None:
+    put(prefix, "in/a.jsonl", "in/b.json.gz", "in/c.pq", "in/_SUCCESS", "in/.c.crc", "in/_x/y.pq")
+    told: list[str] = []
+    folder = join(prefix, "in/")
+    expand([folder], tell=told.append)
+    (line,) = told
+    assert line.startswith(f"files skipped below {folder}: 2 (first: {folder}b.json.gz); ")
+    expand([f"{folder}*.jsonl"], tell=told.append)
+    assert told == [line]
+
+
 def test_a_whole_bucket_is_a_folder(s3_prefix: str) -> None:
     (uri,) = put(s3_prefix, "a.jsonl")
     bucket = "/".join(s3_prefix.split("/")[:3])

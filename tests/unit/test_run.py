@@ -1,6 +1,7 @@
 """A job from its inputs to `_SUCCESS`: each row answered once, however often it is cut off."""
 
 import asyncio
+import gzip
 import io
 import json
 import pickle
@@ -414,6 +415,20 @@ def test_a_glob_that_answers_match_too_takes_none_of_them_for_prompts(
     assert standing(config) == before
     names = [Path(item.uri).name for item in list_inputs(config)]
     assert names == ["a.jsonl", "b.parquet"][: len(names)]
+
+
+def test_files_in_capitals_are_read_and_others_are_told(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "A.JSONL", prompts(5))
+    write_parquet(tmp_path / "in" / "B.PARQUET", pa.Table.from_pylist(prompts(5, 5)))
+    (tmp_path / "in" / "C.JSONL.GZ").write_bytes(
+        gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in prompts(5, 10)))
+    )
+    (tmp_path / "in" / "d.pq").write_bytes(b"")
+    config, shown = job(tmp_path), Console(file=io.StringIO(), width=1000)
+    run(config, console=shown)
+    check_answers(config, 15)
+    line = f"files skipped below {tmp_path}/in/: 1 (first: {tmp_path}/in/d.pq); "
+    assert line in shown.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_patterns_that_match_nothing_are_told(tmp_path: Path) -> None:
