@@ -30,6 +30,7 @@ from phi4ray.batch.run import longest_first, run_batch
 from phi4ray.config import BatchConfig, Endpoint, EngineConfig
 from phi4ray.engines import make_replica
 from phi4ray.errors import (
+    AccessDeniedError,
     ConfigError,
     EngineDeadError,
     EngineStartError,
@@ -41,8 +42,9 @@ from phi4ray.errors import (
 )
 from phi4ray.fake import FakeReplica, fake_text
 from phi4ray.protocol import Answer, Json, Replica
-from phi4ray.storage import storage_for
+from phi4ray.storage import s3, storage_for
 from phi4ray.storage.local import LocalStorage
+from tests.fault_proxy import fault_proxy, refusal
 from tests.small_jobs import (
     answers,
     engine,
@@ -456,6 +458,20 @@ def test_an_output_that_cannot_be_written_is_told_before_the_scan(tmp_path: Path
     config = job(tmp_path, output=f"{tmp_path}/file/out")
     with pytest.raises(StorageError, match="a file stands where its folder should be"):
         obtain_plan(config, Unscanned())
+
+
+def test_a_bucket_that_refuses_writes_is_told_before_the_scan(
+    tmp_path: Path, s3_endpoint: str, s3_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(1))
+    config = job(tmp_path, output=s3_prefix)
+    with fault_proxy(s3_endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        s3._client.cache_clear()
+        proxy.on("PUT", refusal(403, "AccessDenied"), times=float("inf"))
+        with pytest.raises(AccessDeniedError, match="what its policy allows"):
+            obtain_plan(config, Unscanned())
+        assert obtain_plan(config, InProcessExecutor(), dry_run=True).rows == 1
 
 
 def test_proving_that_the_output_can_be_written_leaves_nothing_there(
