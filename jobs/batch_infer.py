@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not arguments.serve:  # whose replicas run already
                 refuse_misfit(config.engine, planned_for)
             if arguments.dry_run:
-                plan = obtain_plan(config, executor, dry_run=True)
+                plan = obtain_plan(config, executor, dry_run=True, tell=console.print)
                 describe_plan(config, plan, console, planned_for)
                 return 0
             summary = run_batch(config, executor, console, JobMetrics(config.output).publish)

@@ -56,7 +56,7 @@ class Records:
 
 def is_parquet(uri: str) -> bool:
     """Whether a file is Parquet by its name; every other known ending is JSONL."""
-    return uri.endswith(".parquet")
+    return uri.lower().endswith(".parquet")
 
 
 class Reader:

@@ -26,7 +26,8 @@ Line = bytes | RowError
 
 def compression(uri: str) -> str | None:
     """The compression that a JSONL file's name states, as pyarrow names it."""
-    return "gzip" if uri.endswith(".gz") else "zstd" if uri.endswith(".zst") else None
+    name = uri.lower()
+    return "gzip" if name.endswith(".gz") else "zstd" if name.endswith(".zst") else None
 
 
 def row_of(line: bytes) -> bytes | None:

@@ -1,7 +1,7 @@
 """Making a job's plan, or finding it: lists and scans the inputs, writes `_plan.json` once."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,21 +36,32 @@ from phi4ray.batch.scan import (
 from phi4ray.config import BatchConfig
 from phi4ray.errors import ConfigError, InputError, ObjectNotFoundError, PreconditionError
 from phi4ray.fingerprint import fingerprint
-from phi4ray.storage import expand, join, storage_for
+from phi4ray.storage import TEMPORARY, expand, join, storage_for
 
 
-def obtain_plan(config: BatchConfig, executor: Executor, *, dry_run: bool = False) -> Plan:
+def obtain_plan(
+    config: BatchConfig,
+    executor: Executor,
+    *,
+    dry_run: bool = False,
+    tell: Callable[[str], object] = lambda line: None,
+) -> Plan:
     """The plan under the output prefix if it is this job's, else a new one, written there.
+
+    `tell` is told of files among the inputs that are none.
 
     Raises:
         PlanMismatchError: the plan there is another job's.
+        StorageError: the output cannot be written; told before the inputs are scanned.
     """
-    inputs = list_inputs(config)
+    inputs = list_inputs(config, tell)
     identity = identity_of(config, chat_template_text(config), fingerprint(config.engine))
     uri = join(config.output, PLAN_NAME)
     try:
         plan = stored_plan(config.output)
     except ObjectNotFoundError:
+        if not dry_run:
+            check_writable(config.output)
         plan = scan_inputs(config, inputs, identity, executor)
         if dry_run:
             return plan
@@ -71,6 +82,18 @@ def stored_plan(output: str) -> Plan:
     """
     uri = join(output, PLAN_NAME)
     return read_plan(storage_for(uri).read(uri), uri)
+
+
+def check_writable(output: str) -> None:
+    """Write an object below an output prefix and remove it again: a scan may take hours.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    uri = join(output, f"{TEMPORARY}check")
+    storage = storage_for(uri)
+    storage.write(uri, b"")
+    storage.delete(uri)
 
 
 def check_shared(config: BatchConfig, plan: Plan, node: str) -> None:
@@ -96,7 +119,9 @@ def check_shared(config: BatchConfig, plan: Plan, node: str) -> None:
         )
 
 
-def list_inputs(config: BatchConfig) -> list[Input]:
+def list_inputs(
+    config: BatchConfig, tell: Callable[[str], object] = lambda line: None
+) -> list[Input]:
     """The input objects, in order. What an earlier run of the job wrote is none of them.
 
     Raises:
@@ -106,7 +131,7 @@ def list_inputs(config: BatchConfig) -> list[Input]:
     output = join(config.output, "")
     inputs = [
         Input(uri=item.uri, size=item.size, etag=item.etag)
-        for item in expand(config.input)
+        for item in expand(config.input, tell=tell)
         if not (item.uri.startswith(output) and is_answer(item.uri.removeprefix(output)))
     ]
     for item in inputs:

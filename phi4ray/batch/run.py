@@ -7,6 +7,7 @@ Nothing here knows Ray or vLLM. Every step may be cut off at any point and run a
 
 import time
 from collections.abc import Callable, Container, Iterable, Mapping
+from functools import partial
 
 from rich.console import Console
 
@@ -44,7 +45,7 @@ def run_batch(
         TooManyErrorsError: stopped by `max_error_fraction`; finished parts stay.
         EngineError, StorageError, ClusterError: the same command goes on from the finished parts.
     """
-    plan = obtain_plan(config, executor)
+    plan = obtain_plan(config, executor, tell=partial(console.print, style="yellow"))
     pending = pending_shards(config, plan)
     done = len(plan.shards) - len(pending)
     console.print(

@@ -36,11 +36,14 @@ class Storage(Protocol):
 
     AccessDeniedError: credentials are missing or do not suffice.
     TransientStorageError: still failing after the client's own retries.
-    StorageError: any other refusal.
+    StorageError: any other refusal, and a bucket that is not there.
     """
 
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+    def list(self, prefix: str, begins: str = "") -> Iterator[ObjectInfo]:
         """Objects below a prefix taken as a folder, by name; none if there is no such folder.
+
+        However many `/` end the prefix, it is the folder that `join` writes to. Of what is in it,
+        `begins` leaves only names that begin so.
 
         Cost: one request for each 1,000 objects.
         """

@@ -35,11 +35,11 @@ class LocalStorage:
     Paths may be relative or `file://` URIs; what is given back is always an absolute path.
     """
 
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+    def list(self, prefix: str, begins: str = "") -> Iterator[ObjectInfo]:
         """See `Storage.list`. Links to folders are followed, unless they lead back to one above."""
         root = path_of(prefix)
         with translated(root):
-            found = sorted(_files_below(root))
+            found = sorted(_files_below(root, begins))
         for path in found:
             with contextlib.suppress(ObjectNotFoundError):  # removed meanwhile
                 yield self.head(path)
@@ -129,9 +129,12 @@ def _info(path: str, found: os.stat_result) -> ObjectInfo:
     return ObjectInfo(path, found.st_size, etag, found.st_mtime)
 
 
-def _files_below(root: str) -> Iterator[str]:
+def _files_below(root: str, begins: str) -> Iterator[str]:
     around = {root: frozenset({os.path.realpath(root)})}
     for folder, folders, names in os.walk(root, onerror=_unless_missing, followlinks=True):
+        if folder == root:
+            names = [name for name in names if name.startswith(begins)]
+            folders[:] = [name for name in folders if name.startswith(begins)]
         yield from (os.path.join(folder, name) for name in names)
         known = around.pop(folder)
         inner = {name: os.path.realpath(os.path.join(folder, name)) for name in folders}

@@ -21,6 +21,8 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    CredentialRetrievalError,
+    FlexibleChecksumError,
     HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
@@ -61,16 +63,18 @@ SKIP_BYTES = 4 << 20
 
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _DENIED = {"401", "403", "AccessDenied", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch",
-           "ExpiredToken", "InvalidToken", "AllAccessDisabled"}  # fmt: skip
-_MISSING = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
+           "InvalidToken", "AllAccessDisabled"}  # fmt: skip
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
+_MISSING = {"404", "NoSuchKey", "NotFound"}
 _PRECONDITION = {"412", "PreconditionFailed"}
-_TRANSIENT = {"408", "409", "429", "500", "502", "503", "504", "InternalError", "SlowDown",
+_TRANSIENT = {"408", "409", "429", "500", "502", "503", "504", "520", "InternalError", "SlowDown",
               "ServiceUnavailable", "RequestTimeout", "ConditionalRequestConflict",
-              "OperationAborted", "Throttling", "ThrottlingException", "RequestLimitExceeded",
-              "RequestTimeTooSkewed"}  # fmt: skip
+              "IncompleteBody", "OperationAborted", "Throttling", "ThrottlingException",
+              "RequestLimitExceeded", "RequestTimeTooSkewed"}  # fmt: skip
 _UNSUPPORTED = {"501", "NotImplemented", "InvalidArgument"}
 _CHECKSUMS = ("XAmzContentSHA256Mismatch", "MissingContentLength", "BadDigest", "checksum",
               "aws-chunked", "trailer")  # fmt: skip
+_PASSING = (CredentialRetrievalError, FlexibleChecksumError)
 _CUT = (IncompleteReadError, ResponseStreamingError, HTTPClientError, BotoConnectionError)
 
 
@@ -85,12 +89,12 @@ class S3Storage:
         with _lock:
             return _client(os.getpid())
 
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+    def list(self, prefix: str, begins: str = "") -> Iterator[ObjectInfo]:
         """See `Storage.list`."""
-        bucket, key = split(prefix if prefix.endswith("/") else f"{prefix}/")
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
+        bucket, key = split(f"{prefix.rstrip('/')}/")  # as `join` writes it: `out//` is `out/`
+        pages = self._client.get_paginator("list_objects_v2")
         with _translated(prefix):
-            for page in pages:
+            for page in pages.paginate(Bucket=bucket, Prefix=key + begins):
                 for found in page.get("Contents", ()):
                     if not found["Key"].endswith("/"):  # a folder's placeholder
                         uri = f"{SCHEME}{bucket}/{found['Key']}"
@@ -418,6 +422,8 @@ def _client(process: int) -> "S3Client":
         session = boto3.Session(region_name=os.environ.get("AWS_REGION") or None)
         region = session.region_name or ("us-east-1" if custom else None)
         return session.client("s3", config=config, region_name=region)
+    except CredentialRetrievalError as error:
+        raise TransientStorageError(f"{error}: check what gives this node credentials") from error
     except (BotoCoreError, ValueError) as error:
         raise ConfigError(
             f"S3 is not configured: {error}: check AWS_PROFILE, AWS_CONFIG_FILE and "
@@ -462,6 +468,7 @@ def _translated(uri: str) -> Iterator[None]:
     try:
         yield
     except (NoCredentialsError, PartialCredentialsError) as error:
+        _client.cache_clear()  # credentials are looked for once a client
         raise AccessDeniedError(
             f"{uri}: there are no S3 credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
             "AWS_PROFILE, or give the node a role"
@@ -473,19 +480,33 @@ def _translated(uri: str) -> Iterator[None]:
         raise TransientStorageError(
             f"{uri}: {error}: check the network, and {used}={os.environ.get(used, '(not set)')}"
         ) from error
+    except _PASSING as error:
+        raise TransientStorageError(f"{uri}: {error}") from error
     except BotoCoreError as error:
         raise StorageError(f"{uri}: {error}") from error
+
+
+def _expired(error: ClientError) -> bool:
+    # The answer to a HEAD has no body that could name the reason.
+    return _code(error) in _EXPIRED or (error.operation_name, _code(error)) == ("HeadObject", "400")
 
 
 def _of_client_error(uri: str, error: ClientError) -> StorageError:
     code, bucket = _code(error), split(uri)[0]
     status = str(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
+    if code == "NoSuchBucket":  # no missing object: nothing can be written there either
+        return StorageError(f"{uri}: there is no bucket {bucket}: create it, or correct its name")
     if code in _MISSING:
-        what = f"bucket {bucket}" if code == "NoSuchBucket" else f"object {uri}"
-        return ObjectNotFoundError(f"there is no {what}")
+        return ObjectNotFoundError(f"there is no object {uri}")
     if code in _PRECONDITION:
         return PreconditionError(f"{uri} is not the expected object, or exists already")
     text = str(error)
+    if _expired(error):
+        _client.cache_clear()  # the next one reads credentials files anew
+        return TransientStorageError(
+            f"{uri}: {text}: the credentials may have expired: renew them, in their file or as "
+            "AWS_SESSION_TOKEN, and run the same command again"
+        )
     if code in _DENIED:
         return AccessDeniedError(
             f"{uri}: {text}: check that AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "

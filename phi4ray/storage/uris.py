@@ -1,7 +1,8 @@
 """Names: joining them, their one normal form, and the objects that patterns stand for."""
 
+import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from phi4ray.errors import ConfigError, InputError, ObjectNotFoundError
@@ -13,7 +14,7 @@ ENDINGS = (
     *(f".{kind}{packed}" for kind in ("jsonl", "ndjson") for packed in ("", ".gz", ".zst")),
     ".parquet",
 )
-"""What input files are called."""
+"""What input files are called, in small letters or capitals."""
 
 _MAGIC = re.compile(r"[*?\[]")
 
@@ -51,26 +52,30 @@ def join(uri: str, name: str) -> str:
     return f"{normal(uri).rstrip('/')}/{name}"
 
 
-def expand(patterns: Sequence[str], endings: tuple[str, ...] = ENDINGS) -> list[ObjectInfo]:
+def expand(
+    patterns: Sequence[str],
+    endings: tuple[str, ...] = ENDINGS,
+    tell: Callable[[str], object] = lambda line: None,
+) -> list[ObjectInfo]:
     """The input files that patterns stand for: files, folders, and globs with `*`, `?`, `[]`, `**`.
 
     Sorted within a pattern; a file that several patterns name comes once, where it came first.
     In folders and globs, names that begin with `.` or `_` are no inputs, nor is anything in
-    folders so called; folders give only files with known endings.
+    folders so called; folders give only files with known endings, and `tell` is told of others.
 
     Raises:
         InputError: a pattern matches nothing, or a file whose format its name does not tell.
     """
     found: dict[str, ObjectInfo] = {}
     for pattern in patterns:
-        matches = list(_matches(normal(pattern), endings))
+        matches = list(_matches(normal(pattern), endings, tell))
         if not matches:
             raise InputError(
                 f"--input {pattern} matches no file: looked for names that end in "
                 f"{', '.join(endings)} and do not begin with '.' or '_'"
             )
         for item in matches:
-            if not item.uri.endswith(endings):
+            if not _known(item.uri, endings):
                 raise InputError(
                     f"{item.uri}: its name does not tell its format: known are {', '.join(endings)}"
                 )
@@ -78,30 +83,54 @@ def expand(patterns: Sequence[str], endings: tuple[str, ...] = ENDINGS) -> list[
     return list(found.values())
 
 
-def _matches(pattern: str, endings: tuple[str, ...]) -> Iterator[ObjectInfo]:
+def _matches(
+    pattern: str, endings: tuple[str, ...], tell: Callable[[str], object]
+) -> Iterator[ObjectInfo]:
     storage, magic = storage_for(pattern), _MAGIC.search(pattern)
     if magic and pattern.startswith(SCHEME) and pattern.count("/", 0, magic.start()) == 2:
         raise InputError(f"--input {pattern}: a bucket is named in full, it cannot be a pattern")
     bucket = pattern.startswith(SCHEME) and pattern.count("/") == 2
+    folder, named = join(pattern, ""), None
     # A file may be called like a glob, or like a folder; a folder may be called like a glob.
     if not pattern.endswith("/") and not bucket:
-        try:
-            yield storage.head(pattern)
-            return
-        except ObjectNotFoundError:
-            pass
-    folder = join(pattern, "")
-    if not magic or any(storage.list(folder)):
-        for item in storage.list(folder):
-            if item.uri.endswith(endings) and not _hidden(item.uri.removeprefix(folder)):
+        with contextlib.suppress(ObjectNotFoundError):
+            named = storage.head(pattern)
+    if named is not None:
+        # On S3 an object without an ending may be the mark of a folder.
+        known = _known(named.uri, endings)
+        yield from (not known and list(_inputs(storage, folder, endings, tell))) or [named]
+    elif not magic or any(storage.list(folder)):
+        yield from _inputs(storage, folder, endings, tell)
+    else:
+        literal = pattern[: magic.start()]
+        root = literal[: literal.rindex("/")].rstrip("/") + "/"
+        globs = pattern.removeprefix(root).split("/")
+        for item in storage.list(root, literal.removeprefix(root)):
+            name = item.uri.removeprefix(root)
+            if not _hidden(name) and _fits(name.split("/"), globs):
                 yield item
-        return
-    root = pattern[: pattern.rindex("/", 0, magic.start()) + 1]
-    globs = pattern.removeprefix(root).split("/")
-    for item in storage.list(root):
-        name = item.uri.removeprefix(root)
-        if not _hidden(name) and _fits(name.split("/"), globs):
+
+
+def _inputs(
+    storage: Storage, folder: str, endings: tuple[str, ...], tell: Callable[[str], object]
+) -> Iterator[ObjectInfo]:
+    skipped, example = 0, ""
+    for item in storage.list(folder):
+        if _hidden(item.uri.removeprefix(folder)):
+            continue
+        if _known(item.uri, endings):
             yield item
+        else:
+            skipped, example = skipped + 1, example or item.uri
+    if skipped:
+        tell(
+            f"files skipped below {folder}: {skipped:,} (first: {example}); inputs are named "
+            f"{', '.join(endings)}"
+        )
+
+
+def _known(uri: str, endings: tuple[str, ...]) -> bool:
+    return uri.lower().endswith(endings)
 
 
 def _hidden(name: str) -> bool:

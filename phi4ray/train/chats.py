@@ -142,7 +142,7 @@ class _BadField(Exception):
 
 
 def _records(item: Input) -> Iterator[Json | RowError]:
-    if item.uri.endswith(".csv"):
+    if item.uri.lower().endswith(".csv"):
         yield from _csv_records(item)
     elif is_parquet(item.uri):
         file = open_parquet(item)

@@ -61,7 +61,7 @@ def finetune(config: FinetuneConfig, host: Host, console: Console) -> FinetuneSu
         StorageError: the store refused or failed.
         ClusterError: workers were lost more often than `max_failures`.
     """
-    inputs = list_chats(config)
+    inputs = list_chats(config, console.print)
     plan = find_plan(config, inputs) or _prepare(config, inputs, console)
     console.print(
         f"{plan.chats:,} chats, {plan.tokens:,} tokens, {plan.answer_tokens:,} of them in answers"

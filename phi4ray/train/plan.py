@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic_core import from_json, to_json
@@ -43,13 +43,13 @@ class FinetunePlan(Config):
     answer_tokens: int
 
 
-def list_chats(config: FinetuneConfig) -> list[Input]:
-    """The input objects, in order.
+def list_chats(config: FinetuneConfig, tell: Callable[[str], object]) -> list[Input]:
+    """The input objects, in order; `tell` is told of files among them that are none.
 
     Raises:
         InputError: a pattern matches nothing.
     """
-    found = expand(config.input, CHAT_ENDINGS)
+    found = expand(config.input, CHAT_ENDINGS, tell)
     return [Input(uri=item.uri, size=item.size, etag=item.etag) for item in found]
 
 

@@ -9,7 +9,7 @@ from phi4ray.errors import (
     ConfigError,
     InputError,
 )
-from phi4ray.storage import expand, join, storage_for
+from phi4ray.storage import expand, join, s3, storage_for
 
 
 def put(prefix: str, *names: str) -> list[str]:
@@ -59,6 +59,21 @@ def test_what_is_listed_lies_below_the_joined_prefix(here: Path) -> None:
         assert item.uri.removeprefix(join(spelling, "")) == "a/b"
 
 
+@pytest.mark.parametrize("slashes", ["", "/", "//", "///"])
+def test_a_folder_is_one_however_many_slashes_end_it(prefix: str, slashes: str) -> None:
+    folder = join(prefix, "out") + slashes
+    (uri,) = put(folder, "a")
+    assert uri == join(prefix, "out/a")
+    assert [item.uri for item in storage_for(folder).list(folder)] == [uri]
+
+
+def test_slashes_within_a_key_are_kept(s3_prefix: str) -> None:
+    put(s3_prefix, "in/a.jsonl", "in//b.jsonl", "in//deep/c.jsonl")
+    assert names(s3_prefix, "in//b.jsonl") == names(s3_prefix, "in//*.jsonl") == ["in//b.jsonl"]
+    assert names(s3_prefix, "in//**/*.jsonl") == ["in//b.jsonl", "in//deep/c.jsonl"]
+    assert names(s3_prefix, "in/*.jsonl") == ["in/a.jsonl"]
+
+
 @pytest.mark.parametrize("uri", ["gs://bucket/x", "https://host/x", "s3a://b/x", "a+b://x/y"])
 def test_an_unknown_scheme_is_refused_with_the_known_ones(uri: str) -> None:
     with pytest.raises(ConfigError, match=r"s3://.*file://"):
@@ -87,6 +102,52 @@ def test_an_object_called_like_a_folder_is_taken_as_the_object(s3_prefix: str) -
     put(s3_prefix, "in.jsonl", "in.jsonl/x.jsonl")
     assert names(s3_prefix, "in.jsonl") == ["in.jsonl"]
     assert names(s3_prefix, "in.jsonl/") == ["in.jsonl/x.jsonl"]
+
+
+def test_an_object_that_marks_a_folder_does_not_hide_it(s3_prefix: str) -> None:
+    put(s3_prefix, "mark", "mark/a.jsonl", "alone")
+    assert names(s3_prefix, "mark") == ["mark/a.jsonl"]
+    with pytest.raises(InputError, match="alone: its name does not tell its format"):
+        names(s3_prefix, "alone")
+
+
+@pytest.mark.parametrize(
+    ("glob", "listed"),
+    [
+        ("in20*/*.jsonl", "folder/in20"),
+        ("in2024/a*", "folder/in2024/a"),
+        ("in//b*", "folder/in//b"),
+        ("[i]*", "folder/"),
+    ],
+)
+def test_of_a_glob_only_what_begins_as_it_does_is_listed(
+    s3_prefix: str, glob: str, listed: str
+) -> None:
+    put(s3_prefix, "in2024/a.jsonl", "in//b.jsonl", "i.jsonl", "other/a.jsonl")
+    asked: list[str] = []
+    events = s3.S3Storage()._client.meta.events
+    events.register(
+        "provide-client-params.s3.ListObjectsV2", lambda params, **_: asked.append(params["Prefix"])
+    )
+    assert len(names(s3_prefix, glob)) == 1
+    assert asked[-1] == listed
+
+
+def test_endings_are_known_in_capitals_too(prefix: str) -> None:
+    put(prefix, "in/A.JSONL", "in/b.Jsonl.GZ", "in/c.PARQUET")
+    assert names(prefix, "in/") == ["in/A.JSONL", "in/b.Jsonl.GZ", "in/c.PARQUET"]
+    assert names(prefix, "in/A.JSONL") == ["in/A.JSONL"]
+
+
+def test_files_of_a_folder_that_are_no_inputs_are_told_with_one_of_them(prefix: str) -> None:
+    put(prefix, "in/a.jsonl", "in/b.json.gz", "in/c.pq", "in/_SUCCESS", "in/.c.crc", "in/_x/y.pq")
+    told: list[str] = []
+    folder = join(prefix, "in/")
+    expand([folder], tell=told.append)
+    (line,) = told
+    assert line.startswith(f"files skipped below {folder}: 2 (first: {folder}b.json.gz); ")
+    expand([f"{folder}*.jsonl"], tell=told.append)
+    assert told == [line]
 
 
 def test_a_whole_bucket_is_a_folder(s3_prefix: str) -> None:

@@ -15,6 +15,8 @@ from phi4ray.batch.plan import Input
 from phi4ray.errors import InputError
 from phi4ray.storage import storage_for
 from phi4ray.train.chats import Chat, Place, Refused, read_chats, to_chat
+from phi4ray.train.config import FinetuneConfig
+from phi4ray.train.plan import list_chats
 from tests.small_jobs import write_lines, write_parquet
 
 ASKED = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
@@ -52,6 +54,18 @@ def test_all_formats_hold_the_same_chats(tmp_path: Path) -> None:
             ASKED,
         ]
     assert [chat.place.row for chat in table] == [0, 1]
+
+
+def test_tables_in_capitals_are_read_and_files_that_are_no_chats_are_told(tmp_path: Path) -> None:
+    row = {"prompt": "2+2?", "completion": "4"}
+    chats = write_csv(tmp_path / "A.CSV", [row])
+    (tmp_path / "b.xlsx").write_bytes(b"")
+    told: list[str] = []
+    config = FinetuneConfig(input=(str(tmp_path),), output="out", model="tiny")
+    inputs = list_chats(config, told.append)
+    assert [item.uri for item in inputs] == [str(chats)]
+    assert [chat.messages for chat in read_chats(inputs) if isinstance(chat, Chat)] == [ASKED]
+    assert f"1 (first: {tmp_path}/b.xlsx)" in told[0]
 
 
 def test_messages_are_a_list_or_its_json_text(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A job from its inputs to `_SUCCESS`: each row answered once, however often it is cut off."""
 
 import asyncio
+import gzip
 import io
 import json
 import pickle
@@ -29,17 +30,21 @@ from phi4ray.batch.run import longest_first, run_batch
 from phi4ray.config import BatchConfig, Endpoint, EngineConfig
 from phi4ray.engines import make_replica
 from phi4ray.errors import (
+    AccessDeniedError,
     ConfigError,
     EngineDeadError,
     EngineStartError,
     IncompleteOutputError,
     InputError,
     PlanMismatchError,
+    StorageError,
     TooManyErrorsError,
 )
 from phi4ray.fake import FakeReplica, fake_text
 from phi4ray.protocol import Answer, Json, Replica
-from phi4ray.storage import storage_for
+from phi4ray.storage import s3, storage_for
+from phi4ray.storage.local import LocalStorage
+from tests.fault_proxy import fault_proxy, refusal
 from tests.small_jobs import (
     answers,
     engine,
@@ -123,6 +128,14 @@ def test_every_row_of_every_file_has_its_answer_once(tmp_path: Path) -> None:
     assert [row["source_row"] for row in answers(config)] == [*range(100), *range(120), *range(30)]
     assert (summary.rows, summary.error_rows) == (250, 0)
     assert succeeded(config)
+
+
+def test_an_output_that_ends_in_two_slashes_is_one_folder(tmp_path: Path, s3_prefix: str) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(25))
+    config = job(tmp_path, output=f"{s3_prefix}out//", shard_rows=10)
+    assert run(config).rows == 25
+    run(config, never)
+    assert storage_for(s3_prefix).head(f"{s3_prefix}out/_SUCCESS").size == 0
 
 
 def test_the_manifest_says_what_lies_there(tmp_path: Path) -> None:
@@ -406,10 +419,78 @@ def test_a_glob_that_answers_match_too_takes_none_of_them_for_prompts(
     assert names == ["a.jsonl", "b.parquet"][: len(names)]
 
 
+def test_files_in_capitals_are_read_and_others_are_told(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "A.JSONL", prompts(5))
+    write_parquet(tmp_path / "in" / "B.PARQUET", pa.Table.from_pylist(prompts(5, 5)))
+    (tmp_path / "in" / "C.JSONL.GZ").write_bytes(
+        gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in prompts(5, 10)))
+    )
+    (tmp_path / "in" / "d.pq").write_bytes(b"")
+    config, shown = job(tmp_path), Console(file=io.StringIO(), width=1000)
+    run(config, console=shown)
+    check_answers(config, 15)
+    line = f"files skipped below {tmp_path}/in/: 1 (first: {tmp_path}/in/d.pq); "
+    assert line in shown.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_patterns_that_match_nothing_are_told(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     with pytest.raises(InputError, match="matches no file"):
         run(job(tmp_path), never)
+
+
+class Unscanned(InProcessExecutor):
+    def map(self, function: Any, items: Any) -> Iterator[Any]:
+        raise AssertionError("nothing was to be scanned")
+
+
+def test_a_bucket_that_is_not_there_is_told_before_the_scan(tmp_path: Path, s3_prefix: str) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(1))
+    config = job(tmp_path, output="s3://no-such-bucket/out")
+    for dry_run in (False, True):
+        with pytest.raises(StorageError, match="no bucket no-such-bucket: create it"):
+            obtain_plan(config, Unscanned(), dry_run=dry_run)
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_scan(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(1))
+    (tmp_path / "file").write_text("no folder")
+    config = job(tmp_path, output=f"{tmp_path}/file/out")
+    with pytest.raises(StorageError, match="a file stands where its folder should be"):
+        obtain_plan(config, Unscanned())
+
+
+def test_a_bucket_that_refuses_writes_is_told_before_the_scan(
+    tmp_path: Path, s3_endpoint: str, s3_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(1))
+    config = job(tmp_path, output=s3_prefix)
+    with fault_proxy(s3_endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        s3._client.cache_clear()
+        proxy.on("PUT", refusal(403, "AccessDenied"), times=float("inf"))
+        with pytest.raises(AccessDeniedError, match="what its policy allows"):
+            obtain_plan(config, Unscanned())
+        assert obtain_plan(config, InProcessExecutor(), dry_run=True).rows == 1
+
+
+def test_proving_that_the_output_can_be_written_leaves_nothing_there(
+    tmp_path: Path, s3_prefix: str
+) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(1))
+    obtain_plan(job(tmp_path, output=s3_prefix), InProcessExecutor())
+    listed = [item.uri for item in storage_for(s3_prefix).list(s3_prefix)]
+    assert listed == [f"{s3_prefix}_plan.json"]
+
+
+def test_a_finished_job_asks_for_no_proof_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(1))
+    config = job(tmp_path)
+    plan = obtain_plan(config, InProcessExecutor())
+    monkeypatch.setattr(LocalStorage, "write", None)
+    assert obtain_plan(config, Unscanned()) == plan
 
 
 def test_an_input_whose_name_is_not_utf8_is_told(tmp_path: Path) -> None:
