@@ -1,9 +1,9 @@
 """Columns carried through from inputs to parts: their types over all inputs, and their values.
 
 JSON members are bool, int64, double (also for a mix of integers and reals) or string; anything
-mixed or nested becomes a string of JSON. Parquet columns keep their Arrow type. Where files
-disagree, Arrow's permissive promotion decides, and where that fails, or one of them has text, the
-column is text.
+mixed or nested becomes a string of JSON. Parquet columns keep their Arrow type, see
+`lasting`. Where files disagree, Arrow's permissive promotion decides, and where that fails, or one
+of them has text, the column is text.
 """
 
 import base64
@@ -29,13 +29,13 @@ def encode_schema(schema: pa.Schema) -> str:
 
 
 def decode_schema(text: str) -> pa.Schema:
-    """The schema that `encode_schema` wrote.
+    """The schema that `encode_schema` wrote; plans of earlier versions have types that do not last.
 
     Raises:
         ConfigError: it did not write this.
     """
     try:
-        return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))
+        return lasting(pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text))))
     except (ValueError, OSError, pa.ArrowException) as error:
         raise ConfigError(
             f"the plan's carried columns cannot be read ({error}): restore _plan.json, or use a "
@@ -78,6 +78,40 @@ def carried_schema(
     return pa.schema([(name, _common_type(types[name])) for name in sorted(types)])
 
 
+def lasting(schema: pa.Schema) -> pa.Schema:
+    """The columns with types of which pieces, of whatever files, can always be put together.
+
+    Dictionaries count their values in 32 bits: pandas counts up to 127 categories in 8, which all
+    files together soon pass. Those within lists and structs become their values: Arrow puts them
+    together wrongly.
+    """
+    return pa.schema([(column.name, _common_type([column.type])) for column in schema])
+
+
+def _lasting(kind: pa.DataType, *, nested: bool = False) -> pa.DataType:
+    types = pa.types
+
+    def member(field: pa.Field) -> pa.Field:
+        return field.with_type(_lasting(field.type, nested=True))
+
+    if types.is_dictionary(kind):
+        if nested:
+            return _lasting(kind.value_type, nested=True)
+        return pa.dictionary(pa.int32(), kind.value_type, kind.ordered)
+    if types.is_struct(kind):
+        return pa.struct([member(field) for field in kind])
+    if types.is_map(kind):
+        return pa.map_(_lasting(kind.key_type, nested=True), member(kind.item_field))
+    if types.is_fixed_size_list(kind):
+        return pa.list_(member(kind.value_field), kind.list_size)
+    if types.is_list(kind):
+        return pa.list_(member(kind.value_field))
+    if types.is_large_list(kind):
+        return pa.large_list(member(kind.value_field))
+    is_view = types.is_list_view(kind) or types.is_large_list_view(kind)
+    return pa.string() if is_view and "dictionary<" in str(kind) else kind  # Arrow decodes no view
+
+
 def _json_type(kinds: set[str]) -> pa.DataType:
     if not kinds:
         return pa.null()
@@ -94,7 +128,7 @@ def _common_type(types: Sequence[pa.DataType]) -> pa.DataType:
         return pa.string()
     try:
         common = pa.unify_schemas(
-            [pa.schema([("", kind)]) for kind in kinds], promote_options="permissive"
+            [pa.schema([("", _lasting(kind))]) for kind in kinds], promote_options="permissive"
         ).types[0]
         for kind in kinds:  # what can be promoted can yet not always be converted
             pa.nulls(1, kind).cast(common)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic_core import to_json
 
 from phi4ray.batch.carried import (
     carried_schema,
@@ -22,6 +23,8 @@ from phi4ray.batch.carried import (
 from phi4ray.protocol import RowError
 
 UTC = datetime.UTC
+CATEGORY = pa.dictionary(pa.int8(), pa.string())
+"""As pandas writes up to 127 categories."""
 BROKEN_TEXT = pa.array([b"fine", b"\xff\xfe", None]).view(pa.string())
 
 SAMPLES: dict[pa.DataType, list[Any]] = {
@@ -78,6 +81,15 @@ def array(kind: pa.DataType) -> pa.Array:
     if isinstance(kind, pa.BaseExtensionType):
         return kind.wrap_array(pa.array(SAMPLES[kind], kind.storage_type))
     return pa.array(SAMPLES[kind], kind)
+
+
+def categorized(kind: pa.DataType, text: str) -> Any:
+    """A value of a type that has `CATEGORY` somewhere."""
+    if pa.types.is_dictionary(kind):
+        return text
+    if pa.types.is_struct(kind):
+        return {"a": text, "b": 1}
+    return [("key", text)] if pa.types.is_map(kind) else [text, text]
 
 
 def schema_of(rows: Sequence[Any] = (), *types: pa.DataType) -> pa.Schema:
@@ -152,12 +164,52 @@ def test_one_files_type_is_kept_with_every_value(kind: pa.DataType) -> None:
     assert not broken
     if pa.types.is_null(kind):  # no reader takes a column without a type
         assert schema.field("x").type == pa.string()
+    elif pa.types.is_dictionary(kind):
+        assert table["x"].to_pylist() == SAMPLES[kind]
     else:
         assert table["x"].combine_chunks().equals(array(kind))
 
 
+@pytest.mark.parametrize(
+    ("kind", "lasts"),
+    [
+        (CATEGORY, pa.dictionary(pa.int32(), pa.string())),
+        (
+            pa.dictionary(pa.int8(), pa.string(), ordered=True),
+            pa.dictionary(pa.int32(), pa.string(), ordered=True),
+        ),
+        (
+            pa.struct([("a", CATEGORY), ("b", pa.int8())]),
+            pa.struct([("a", pa.string()), ("b", pa.int8())]),
+        ),
+        (pa.list_(CATEGORY), pa.list_(pa.string())),
+        (pa.large_list(CATEGORY), pa.large_list(pa.string())),
+        (pa.list_(CATEGORY, 2), pa.list_(pa.string(), 2)),
+        (pa.map_(pa.string(), CATEGORY), pa.map_(pa.string(), pa.string())),
+        (pa.list_view(CATEGORY), pa.string()),
+    ],
+    ids=str,
+)
+def test_categories_of_any_files_can_be_put_together(kind: pa.DataType, lasts: pa.DataType) -> None:
+    schema = schema_of([], kind)
+    assert schema.field("x").type == lasts
+    assert decode_schema(encode_schema(pa.schema([("x", kind)]))) == schema  # of an old plan
+    tables, expected = [], []
+    for name in "abc":
+        texts = [f"{name}{at}" for at in range(100)]
+        values = [categorized(kind, text) for text in texts]
+        tables.append(conform(pa.table({"x": pa.array([*values, None], kind)}), schema)[0])
+        tables.append(conform(pa.table({"y": [1]}), schema)[0])
+        expected += [*values, None, None]
+    whole = pa.concat_tables(tables)["x"].combine_chunks()
+    whole.validate(full=True)
+    if pa.types.is_string(lasts):
+        expected = [value and to_json(value).decode() for value in expected]
+    assert whole.to_pylist() == expected
+
+
 def test_the_schema_survives_the_plan_file() -> None:
-    schema = pa.schema([(str(at), kind) for at, kind in enumerate(SAMPLES)])
+    schema = carried_schema([], [pa.schema([(str(at), kind)]) for at, kind in enumerate(SAMPLES)])
     assert decode_schema(encode_schema(schema)) == schema
 
 

@@ -421,6 +421,39 @@ def test_a_rerun_asks_only_failed_rows_and_adds_their_attempts(tmp_path: Path) -
     ]
 
 
+def test_a_shard_has_more_categories_than_one_file_and_so_may_a_rerun_of_an_old_part(
+    tmp_path: Path,
+) -> None:
+    few = pa.dictionary(pa.int8(), pa.string())
+    for name in "ab":
+        table = pa.table(
+            {
+                "prompt": [f"{name}{at}" for at in range(100)],
+                "kind": pa.array([f"kind {name}{at}" for at in range(100)], few),
+            }
+        )
+        write_parquet(tmp_path / "in" / f"{name}.parquet", table)
+    config, plan = planned(tmp_path, max_attempts=1)
+    broken = refusal("engine_error", "not now", 500)
+    run(config, plan, Engine(lambda prompt, _: broken if prompt == "a3" else None))
+    kinds = [f"kind {name}{at}" for name in "ab" for at in range(100)]
+    assert [row["kind"] for row in rows_of(config)] == kinds
+
+    (path,) = parts(config).values()
+    table = pq.read_table(path)
+    at = table.schema.get_field_index("kind")
+    old = table.schema.set(at, pa.field("kind", few))
+    with pq.ParquetWriter(path, old) as writer:
+        for piece in (table[:100], table[100:]):
+            writer.write_table(
+                piece.set_column(at, "kind", pa.array(piece["kind"].to_pylist(), few))
+            )
+    run(config.model_copy(update={"retry_errors": True}), plan, Engine())
+    assert [(row["kind"], row["error_code"]) for row in rows_of(config)] == [
+        (kind, None) for kind in kinds
+    ]
+
+
 def test_a_rerun_leaves_what_another_worker_answered_meanwhile(tmp_path: Path) -> None:
     write_lines(tmp_path / "in" / "a.jsonl", prompts(10))
     config, plan = planned(tmp_path, max_attempts=1)
