@@ -181,6 +181,18 @@ def test_a_row_that_the_engine_refuses_is_an_error_after_one_try(tmp_path: Path)
     assert (fits["error_code"], fits["attempts"]) == (None, 1)
 
 
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "top_logprobs"])
+def test_a_number_of_any_size_is_the_engines_to_refuse_and_costs_no_other_row(
+    tmp_path: Path, name: str
+) -> None:
+    row = {"prompt": "b", "sampling": {name: 10**400}}
+    write_lines(tmp_path / "in" / "a.jsonl", [{"prompt": "a"}, row])
+    config, plan = planned(tmp_path)
+    engine = Engine(lambda prompt, _: refusal("too_many", "no", 400) if prompt == "b" else None)
+    run(config, plan, engine)
+    assert [row["error_code"] for row in rows_of(config)] == [None, "too_many"]
+
+
 @pytest.mark.parametrize("status", sorted(answers_module.RETRY_STATUS))
 def test_a_transient_failure_is_tried_again_until_it_is_answered(
     tmp_path: Path, status: int
