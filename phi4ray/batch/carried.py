@@ -83,7 +83,7 @@ def lasting(schema: pa.Schema) -> pa.Schema:
 
     Dictionaries count their values in 32 bits: pandas counts up to 127 categories in 8, which all
     files together soon pass. Those within lists and structs become their values: Arrow puts them
-    together wrongly.
+    together wrongly. Members may be null, as they are where the column is absent.
     """
     return pa.schema([(column.name, _common_type([column.type])) for column in schema])
 
@@ -92,7 +92,7 @@ def _lasting(kind: pa.DataType, *, nested: bool = False) -> pa.DataType:
     types = pa.types
 
     def member(field: pa.Field) -> pa.Field:
-        return field.with_type(_lasting(field.type, nested=True))
+        return field.with_type(_lasting(field.type, nested=True)).with_nullable(True)
 
     if types.is_dictionary(kind):
         if nested:

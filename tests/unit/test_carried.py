@@ -1,12 +1,14 @@
 """Carried columns: one type over all inputs, no value lost, and never a crash for odd ones."""
 
 import datetime
+import io
 import json
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +27,8 @@ from phi4ray.protocol import RowError
 UTC = datetime.UTC
 CATEGORY = pa.dictionary(pa.int8(), pa.string())
 """As pandas writes up to 127 categories."""
+REQUIRED = pa.struct([pa.field("a", pa.int64(), nullable=False)])
+OPTIONAL = pa.struct([("a", pa.int64())])
 BROKEN_TEXT = pa.array([b"fine", b"\xff\xfe", None]).view(pa.string())
 
 SAMPLES: dict[pa.DataType, list[Any]] = {
@@ -206,6 +210,39 @@ def test_categories_of_any_files_can_be_put_together(kind: pa.DataType, lasts: p
     if pa.types.is_string(lasts):
         expected = [value and to_json(value).decode() for value in expected]
     assert whole.to_pylist() == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "lasts"),
+    [
+        (REQUIRED, {"a": 1}, OPTIONAL),
+        (
+            pa.struct([pa.field("s", REQUIRED, nullable=False)]),
+            {"s": {"a": 1}},
+            pa.struct([("s", OPTIONAL)]),
+        ),
+        (
+            pa.list_(pa.field("element", REQUIRED, nullable=False)),
+            [{"a": 1}],
+            pa.list_(pa.field("element", OPTIONAL)),
+        ),
+        (
+            pa.list_(pa.field("item", pa.int64(), nullable=False), 2),
+            [1, 2],
+            pa.list_(pa.int64(), 2),
+        ),
+    ],
+    ids=str,
+)
+def test_required_members_are_carried_and_may_be_null_where_a_file_has_not_the_column(
+    kind: pa.DataType, value: Any, lasts: pa.DataType
+) -> None:
+    schema = schema_of([], kind)
+    assert schema.field("x").type == lasts
+    files = [pa.table({"x": pa.array([value, value], kind)}), pa.table({"y": [1]})]
+    table = pa.concat_tables([conform(file, schema)[0] for file in files]).combine_chunks()
+    pq.write_table(table, part := io.BytesIO())
+    assert pq.read_table(part)["x"].to_pylist() == [value, value, None]
 
 
 def test_the_schema_survives_the_plan_file() -> None:
