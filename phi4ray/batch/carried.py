@@ -3,12 +3,12 @@
 JSON members are bool, int64, double (also for a mix of integers and reals) or string; anything
 mixed or nested becomes a string of JSON. Parquet columns keep their Arrow type, see
 `lasting`. Where files disagree, Arrow's permissive promotion decides, and where that fails, or one
-of them has text, the column is text.
+of them has text, the column is text; so it is where a value may not fit, as far years do not in ns.
 """
 
 import base64
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -134,9 +134,30 @@ def _common_type(types: Sequence[pa.DataType]) -> pa.DataType:
             pa.nulls(1, kind).cast(common)
     except pa.ArrowException:
         return pa.string()
-    # Arrow takes int64 for this, which holds half of the values.
-    unsigned = pa.uint64() in kinds and pa.types.is_signed_integer(common)
-    return pa.string() if unsigned else common
+    wide = dict(_leaves(common))
+    leaves = [leaf for kind in kinds for leaf in _leaves(_lasting(kind))]
+    fit = all(_fits(leaf, wide.get(path), nested=bool(path)) for path, leaf in leaves)
+    return common if fit else pa.string()
+
+
+def _leaves(kind: pa.DataType, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """The types within a type that have no members, by where they are."""
+    if not pa.types.is_nested(kind):
+        yield path, kind
+        return
+    for at in range(kind.num_fields):
+        field = kind.field(at)
+        yield from _leaves(field.type, (*path, field.name if pa.types.is_struct(kind) else at))
+
+
+def _fits(leaf: pa.DataType, common: pa.DataType | None, *, nested: bool) -> bool:
+    """Whether the type that Arrow promotes to holds every value."""
+    types = pa.types
+    if types.is_timestamp(leaf) or types.is_duration(leaf):
+        return bool(leaf == common)  # a finer unit has fewer years
+    if types.is_uint64(leaf):  # Arrow takes int64 for both
+        return not (types.is_signed_integer(common) or (nested and types.is_floating(common)))
+    return not (nested and types.is_int64(leaf) and types.is_floating(common))
 
 
 def carried_table(rows: Sequence[Json | RowError], schema: pa.Schema) -> pa.Table:

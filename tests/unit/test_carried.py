@@ -28,6 +28,7 @@ UTC = datetime.UTC
 CATEGORY = pa.dictionary(pa.int8(), pa.string())
 """As pandas writes up to 127 categories."""
 REQUIRED = pa.struct([pa.field("a", pa.int64(), nullable=False)])
+AB = pa.struct([("a", pa.int8()), ("b", pa.timestamp("s"))])
 OPTIONAL = pa.struct([("a", pa.int64())])
 BROKEN_TEXT = pa.array([b"fine", b"\xff\xfe", None]).view(pa.string())
 
@@ -264,7 +265,13 @@ def test_a_file_without_the_column_has_nulls() -> None:
         ([pa.null(), pa.int32()], pa.int32()),
         ([pa.int8(), pa.decimal128(10, 2)], pa.decimal128(10, 2)),
         ([pa.large_string(), pa.string()], pa.string()),
-        ([pa.timestamp("s"), pa.timestamp("ns")], pa.timestamp("ns")),
+        ([pa.timestamp("s"), pa.timestamp("ns")], pa.string()),  # ns end in the year 2262
+        ([pa.duration("s"), pa.duration("ms")], pa.string()),
+        ([pa.time32("s"), pa.time64("ns")], pa.time64("ns")),
+        ([pa.list_(pa.timestamp("us")), pa.list_(pa.timestamp("ns"))], pa.string()),
+        ([pa.struct([("a", pa.uint64())]), pa.struct([("a", pa.int8())])], pa.string()),
+        ([pa.struct([("a", pa.int64())]), pa.struct([("a", pa.float64())])], pa.string()),
+        ([pa.struct([("a", pa.int8())]), AB], AB),
         ([pa.timestamp("us"), pa.timestamp("us", "UTC")], pa.string()),
         ([pa.uint64(), pa.uint8()], pa.uint64()),
         ([pa.uint64(), pa.int8()], pa.string()),  # no integer holds both
@@ -347,10 +354,23 @@ def test_text_that_is_not_utf8_makes_its_row_an_error(column: pa.Array, rows: li
     assert [value is None for value in table["x"].to_pylist()][:2] == [False, True]
 
 
-def test_a_value_out_of_the_wider_types_range_makes_its_row_an_error() -> None:
+def test_times_of_units_that_differ_cost_no_row_and_lose_no_digit() -> None:
+    far = pa.array([datetime.datetime(9999, 12, 31)], pa.timestamp("us"))
+    fine = pa.array([1], pa.timestamp("ns"))
+    schema = schema_of([], far.type, fine.type)
+    carried = [conform(pa.table({"x": column}), schema) for column in (far, fine)]
+    assert [broken for _, broken in carried] == [{}, {}]
+    assert [table["x"].to_pylist() for table, _ in carried] == [
+        ["9999-12-31 00:00:00.000000"],
+        ["1970-01-01 00:00:00.000000001"],
+    ]
+
+
+def test_a_value_out_of_a_types_range_makes_its_row_an_error() -> None:
     early = pa.array(
         [datetime.datetime(2026, 1, 1), datetime.datetime(1066, 1, 1)], pa.timestamp("s")
     )
-    table, broken = conform(pa.table({"x": early}), schema_of([], early.type, pa.timestamp("ns")))
+    schema = pa.schema([("x", pa.timestamp("ns"))])  # of an old plan
+    table, broken = conform(pa.table({"x": early}), schema)
     assert {at: error.code for at, error in broken.items()} == {1: "invalid_value"}
     assert [value is None for value in table["x"].to_pylist()] == [False, True]
