@@ -26,6 +26,9 @@ LONGEST_TOKEN_CHARS = 128
 MOST_CHOICES = 16_384
 """vLLM refuses more."""
 
+MOST_TOKENS = 1 << 31
+"""No answer is longer: a limit above it, of however many digits, says no more."""
+
 ANSWERED: Final = ("messages", "prompt", "input", "token_ids")
 SCORED: Final = ("documents", "items", "text_2", "data_2", "texts", "inputs")
 """Fields with the prompts of a body, in vLLM's words: what is answered, and what is only embedded
@@ -123,7 +126,7 @@ def max_tokens_of(body: Json, path: str = "") -> int | None:
     choices = _choices(body, path)
     if limit is None or choices is None:
         return None
-    return limit * choices * _prompts(body, path)
+    return min(limit, MOST_TOKENS) * choices * _prompts(body, path)
 
 
 def sequences_of(body: Json, path: str = "") -> int:

@@ -16,7 +16,7 @@ from phi4ray.batch.pacing import Pacer, Waiting, rank_of
 from phi4ray.batch.parts import Result
 from phi4ray.batch.rows import Request
 from phi4ray.config import BatchConfig
-from phi4ray.demand import Lengths, Size, max_tokens_of, prompt_of, sequences_of
+from phi4ray.demand import MOST_TOKENS, Lengths, Size, max_tokens_of, prompt_of, sequences_of
 from phi4ray.protocol import Answer, Replica, RowError, refusal
 
 RETRY_STATUS = frozenset({408, 429, 500, 502, 503, 504})
@@ -274,6 +274,7 @@ def guess_bytes(request: Request) -> float:
     tokens = max_tokens_of(body, path) or 1024 * sequences_of(body, path)
     asked = [body.get(name) for name in ("logprobs", "top_logprobs")]
     logprobs = max((int(number) for number in asked if isinstance(number, int)), default=0)
+    logprobs = min(logprobs, MOST_TOKENS)  # it may have any number of digits
     return tokens * (TOKEN_BYTES + LOGPROB_BYTES * (1 + logprobs if logprobs > 0 else 0))
 
 

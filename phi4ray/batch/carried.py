@@ -1,14 +1,14 @@
 """Columns carried through from inputs to parts: their types over all inputs, and their values.
 
 JSON members are bool, int64, double (also for a mix of integers and reals) or string; anything
-mixed or nested becomes a string of JSON. Parquet columns keep their Arrow type. Where files
-disagree, Arrow's permissive promotion decides, and where that fails, or one of them has text, the
-column is text.
+mixed or nested becomes a string of JSON. Parquet columns keep their Arrow type, see
+`lasting`. Where files disagree, Arrow's permissive promotion decides, and where that fails, or one
+of them has text, the column is text; so it is where a value may not fit, as far years do not in ns.
 """
 
 import base64
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -29,13 +29,13 @@ def encode_schema(schema: pa.Schema) -> str:
 
 
 def decode_schema(text: str) -> pa.Schema:
-    """The schema that `encode_schema` wrote.
+    """The schema that `encode_schema` wrote; plans of earlier versions have types that do not last.
 
     Raises:
         ConfigError: it did not write this.
     """
     try:
-        return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))
+        return lasting(pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text))))
     except (ValueError, OSError, pa.ArrowException) as error:
         raise ConfigError(
             f"the plan's carried columns cannot be read ({error}): restore _plan.json, or use a "
@@ -78,6 +78,40 @@ def carried_schema(
     return pa.schema([(name, _common_type(types[name])) for name in sorted(types)])
 
 
+def lasting(schema: pa.Schema) -> pa.Schema:
+    """The columns with types of which pieces, of whatever files, can always be put together.
+
+    Dictionaries count their values in 32 bits: pandas counts up to 127 categories in 8, which all
+    files together soon pass. Those within lists and structs become their values: Arrow puts them
+    together wrongly. Members may be null, as they are where the column is absent.
+    """
+    return pa.schema([(column.name, _common_type([column.type])) for column in schema])
+
+
+def _lasting(kind: pa.DataType, *, nested: bool = False) -> pa.DataType:
+    types = pa.types
+
+    def member(field: pa.Field) -> pa.Field:
+        return field.with_type(_lasting(field.type, nested=True)).with_nullable(True)
+
+    if types.is_dictionary(kind):
+        if nested:
+            return _lasting(kind.value_type, nested=True)
+        return pa.dictionary(pa.int32(), kind.value_type, kind.ordered)
+    if types.is_struct(kind):
+        return pa.struct([member(field) for field in kind])
+    if types.is_map(kind):
+        return pa.map_(_lasting(kind.key_type, nested=True), member(kind.item_field))
+    if types.is_fixed_size_list(kind):
+        return pa.list_(member(kind.value_field), kind.list_size)
+    if types.is_list(kind):
+        return pa.list_(member(kind.value_field))
+    if types.is_large_list(kind):
+        return pa.large_list(member(kind.value_field))
+    is_view = types.is_list_view(kind) or types.is_large_list_view(kind)
+    return pa.string() if is_view and "dictionary<" in str(kind) else kind  # Arrow decodes no view
+
+
 def _json_type(kinds: set[str]) -> pa.DataType:
     if not kinds:
         return pa.null()
@@ -94,15 +128,36 @@ def _common_type(types: Sequence[pa.DataType]) -> pa.DataType:
         return pa.string()
     try:
         common = pa.unify_schemas(
-            [pa.schema([("", kind)]) for kind in kinds], promote_options="permissive"
+            [pa.schema([("", _lasting(kind))]) for kind in kinds], promote_options="permissive"
         ).types[0]
         for kind in kinds:  # what can be promoted can yet not always be converted
             pa.nulls(1, kind).cast(common)
     except pa.ArrowException:
         return pa.string()
-    # Arrow takes int64 for this, which holds half of the values.
-    unsigned = pa.uint64() in kinds and pa.types.is_signed_integer(common)
-    return pa.string() if unsigned else common
+    wide = dict(_leaves(common))
+    leaves = [leaf for kind in kinds for leaf in _leaves(_lasting(kind))]
+    fit = all(_fits(leaf, wide.get(path), nested=bool(path)) for path, leaf in leaves)
+    return common if fit else pa.string()
+
+
+def _leaves(kind: pa.DataType, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """The types within a type that have no members, by where they are."""
+    if not pa.types.is_nested(kind):
+        yield path, kind
+        return
+    for at in range(kind.num_fields):
+        field = kind.field(at)
+        yield from _leaves(field.type, (*path, field.name if pa.types.is_struct(kind) else at))
+
+
+def _fits(leaf: pa.DataType, common: pa.DataType | None, *, nested: bool) -> bool:
+    """Whether the type that Arrow promotes to holds every value."""
+    types = pa.types
+    if types.is_timestamp(leaf) or types.is_duration(leaf):
+        return bool(leaf == common)  # a finer unit has fewer years
+    if types.is_uint64(leaf):  # Arrow takes int64 for both
+        return not (types.is_signed_integer(common) or (nested and types.is_floating(common)))
+    return not (nested and types.is_int64(leaf) and types.is_floating(common))
 
 
 def carried_table(rows: Sequence[Json | RowError], schema: pa.Schema) -> pa.Table:

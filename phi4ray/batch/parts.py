@@ -6,6 +6,7 @@ done when its part exists. The receipt lies in the file's metadata under `phi4ra
 
 import hashlib
 import io
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 
 from phi4ray.batch.plan import Plan
 from phi4ray.config import Config
@@ -125,7 +126,11 @@ class Result:
 
     def answered(self, answer: Answer) -> "Result":
         """This row, with what the engine said: an answer or an error."""
-        response = to_json(answer.body, inf_nan_mode="null").decode()
+        try:
+            response = to_json(answer.body, inf_nan_mode="null").decode()
+        except ValueError:  # a half of a pair of surrogates, which JSON can escape: tool calls do
+            answer = Answer(answer.status, _mended(answer.body))
+            response = to_json(answer.body, inf_nan_mode="null").decode()
         if answer.status != 200:
             return replace(self, response=response).failed(error_of(answer))
         usage: Json = answer.body.get("usage") or {}
@@ -138,6 +143,13 @@ class Result:
             prompt_tokens=usage.get("prompt_tokens"),
             completion_tokens=usage.get("completion_tokens") or 0,
         )
+
+
+def _mended(body: Json) -> Json:
+    """A body whose text is UTF-8: what is half a character becomes U+FFFD."""
+    text = json.dumps(body, ensure_ascii=False).encode("utf-16", "surrogatepass")
+    mended: Json = from_json(text.decode("utf-16", "replace"))
+    return mended
 
 
 def error_of(answer: Answer) -> RowError:

@@ -20,7 +20,7 @@ from typing import Any, get_args
 from pydantic_core import from_json, to_json
 
 from phi4ray.config import LIMITS, BatchConfig, Endpoint
-from phi4ray.demand import max_tokens_of
+from phi4ray.demand import MOST_TOKENS, max_tokens_of
 from phi4ray.protocol import Json, RowError, has_more_values
 
 BATCH_LINE = frozenset({"custom_id", "method", "url", "body"})
@@ -39,9 +39,6 @@ MAX_NAME_CHARS = 1024
 
 ID_BYTES = 1 << 16
 """The id of a line that is no record is looked for in so much of it."""
-
-MOST_TOKENS = 1 << 31
-"""No answer is longer: a limit above it, of however many digits, says no more."""
 
 ENDPOINTS: tuple[Endpoint, ...] = get_args(Endpoint)
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import tenacity
 
 from phi4ray.batch.answers import Answers, Done
-from phi4ray.batch.carried import decode_schema
+from phi4ray.batch.carried import conform, decode_schema, lasting
 from phi4ray.batch.files import Reader
 from phi4ray.batch.parts import (
     COLUMNS,
@@ -137,6 +137,7 @@ class ShardWorker:
                 if rows[at].error_code is not None:  # else another worker was faster
                     rows[at] = replace(result, attempts=rows[at].attempts + result.attempts)
             carried = table.drop_columns(COLUMNS.names)
+            carried, _ = conform(carried, lasting(carried.schema))  # parts of earlier versions
             return await self._write(shard, rows, carried, began, replacing=True)
 
     async def _read_failed(

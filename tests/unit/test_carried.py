@@ -1,15 +1,18 @@
 """Carried columns: one type over all inputs, no value lost, and never a crash for odd ones."""
 
 import datetime
+import io
 import json
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic_core import to_json
 
 from phi4ray.batch.carried import (
     carried_schema,
@@ -22,6 +25,11 @@ from phi4ray.batch.carried import (
 from phi4ray.protocol import RowError
 
 UTC = datetime.UTC
+CATEGORY = pa.dictionary(pa.int8(), pa.string())
+"""As pandas writes up to 127 categories."""
+REQUIRED = pa.struct([pa.field("a", pa.int64(), nullable=False)])
+AB = pa.struct([("a", pa.int8()), ("b", pa.timestamp("s"))])
+OPTIONAL = pa.struct([("a", pa.int64())])
 BROKEN_TEXT = pa.array([b"fine", b"\xff\xfe", None]).view(pa.string())
 
 SAMPLES: dict[pa.DataType, list[Any]] = {
@@ -78,6 +86,15 @@ def array(kind: pa.DataType) -> pa.Array:
     if isinstance(kind, pa.BaseExtensionType):
         return kind.wrap_array(pa.array(SAMPLES[kind], kind.storage_type))
     return pa.array(SAMPLES[kind], kind)
+
+
+def categorized(kind: pa.DataType, text: str) -> Any:
+    """A value of a type that has `CATEGORY` somewhere."""
+    if pa.types.is_dictionary(kind):
+        return text
+    if pa.types.is_struct(kind):
+        return {"a": text, "b": 1}
+    return [("key", text)] if pa.types.is_map(kind) else [text, text]
 
 
 def schema_of(rows: Sequence[Any] = (), *types: pa.DataType) -> pa.Schema:
@@ -152,12 +169,85 @@ def test_one_files_type_is_kept_with_every_value(kind: pa.DataType) -> None:
     assert not broken
     if pa.types.is_null(kind):  # no reader takes a column without a type
         assert schema.field("x").type == pa.string()
+    elif pa.types.is_dictionary(kind):
+        assert table["x"].to_pylist() == SAMPLES[kind]
     else:
         assert table["x"].combine_chunks().equals(array(kind))
 
 
+@pytest.mark.parametrize(
+    ("kind", "lasts"),
+    [
+        (CATEGORY, pa.dictionary(pa.int32(), pa.string())),
+        (
+            pa.dictionary(pa.int8(), pa.string(), ordered=True),
+            pa.dictionary(pa.int32(), pa.string(), ordered=True),
+        ),
+        (
+            pa.struct([("a", CATEGORY), ("b", pa.int8())]),
+            pa.struct([("a", pa.string()), ("b", pa.int8())]),
+        ),
+        (pa.list_(CATEGORY), pa.list_(pa.string())),
+        (pa.large_list(CATEGORY), pa.large_list(pa.string())),
+        (pa.list_(CATEGORY, 2), pa.list_(pa.string(), 2)),
+        (pa.map_(pa.string(), CATEGORY), pa.map_(pa.string(), pa.string())),
+        (pa.list_view(CATEGORY), pa.string()),
+    ],
+    ids=str,
+)
+def test_categories_of_any_files_can_be_put_together(kind: pa.DataType, lasts: pa.DataType) -> None:
+    schema = schema_of([], kind)
+    assert schema.field("x").type == lasts
+    assert decode_schema(encode_schema(pa.schema([("x", kind)]))) == schema  # of an old plan
+    tables, expected = [], []
+    for name in "abc":
+        texts = [f"{name}{at}" for at in range(100)]
+        values = [categorized(kind, text) for text in texts]
+        tables.append(conform(pa.table({"x": pa.array([*values, None], kind)}), schema)[0])
+        tables.append(conform(pa.table({"y": [1]}), schema)[0])
+        expected += [*values, None, None]
+    whole = pa.concat_tables(tables)["x"].combine_chunks()
+    whole.validate(full=True)
+    if pa.types.is_string(lasts):
+        expected = [value and to_json(value).decode() for value in expected]
+    assert whole.to_pylist() == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "lasts"),
+    [
+        (REQUIRED, {"a": 1}, OPTIONAL),
+        (
+            pa.struct([pa.field("s", REQUIRED, nullable=False)]),
+            {"s": {"a": 1}},
+            pa.struct([("s", OPTIONAL)]),
+        ),
+        (
+            pa.list_(pa.field("element", REQUIRED, nullable=False)),
+            [{"a": 1}],
+            pa.list_(pa.field("element", OPTIONAL)),
+        ),
+        (
+            pa.list_(pa.field("item", pa.int64(), nullable=False), 2),
+            [1, 2],
+            pa.list_(pa.int64(), 2),
+        ),
+    ],
+    ids=str,
+)
+def test_required_members_are_carried_and_may_be_null_where_a_file_has_not_the_column(
+    kind: pa.DataType, value: Any, lasts: pa.DataType
+) -> None:
+    schema = schema_of([], kind)
+    assert schema.field("x").type == lasts
+    files = [pa.table({"x": pa.array([value, value], kind)}), pa.table({"y": [1]})]
+    table = pa.concat_tables([conform(file, schema)[0] for file in files]).combine_chunks()
+    pq.write_table(table, part := io.BytesIO())
+    assert pq.read_table(part)["x"].to_pylist() == [value, value, None]
+
+
 def test_the_schema_survives_the_plan_file() -> None:
-    schema = pa.schema([(str(at), kind) for at, kind in enumerate(SAMPLES)])
+    schema = carried_schema([], [pa.schema([(str(at), kind)]) for at, kind in enumerate(SAMPLES)])
     assert decode_schema(encode_schema(schema)) == schema
 
 
@@ -175,7 +265,13 @@ def test_a_file_without_the_column_has_nulls() -> None:
         ([pa.null(), pa.int32()], pa.int32()),
         ([pa.int8(), pa.decimal128(10, 2)], pa.decimal128(10, 2)),
         ([pa.large_string(), pa.string()], pa.string()),
-        ([pa.timestamp("s"), pa.timestamp("ns")], pa.timestamp("ns")),
+        ([pa.timestamp("s"), pa.timestamp("ns")], pa.string()),  # ns end in the year 2262
+        ([pa.duration("s"), pa.duration("ms")], pa.string()),
+        ([pa.time32("s"), pa.time64("ns")], pa.time64("ns")),
+        ([pa.list_(pa.timestamp("us")), pa.list_(pa.timestamp("ns"))], pa.string()),
+        ([pa.struct([("a", pa.uint64())]), pa.struct([("a", pa.int8())])], pa.string()),
+        ([pa.struct([("a", pa.int64())]), pa.struct([("a", pa.float64())])], pa.string()),
+        ([pa.struct([("a", pa.int8())]), AB], AB),
         ([pa.timestamp("us"), pa.timestamp("us", "UTC")], pa.string()),
         ([pa.uint64(), pa.uint8()], pa.uint64()),
         ([pa.uint64(), pa.int8()], pa.string()),  # no integer holds both
@@ -258,10 +354,23 @@ def test_text_that_is_not_utf8_makes_its_row_an_error(column: pa.Array, rows: li
     assert [value is None for value in table["x"].to_pylist()][:2] == [False, True]
 
 
-def test_a_value_out_of_the_wider_types_range_makes_its_row_an_error() -> None:
+def test_times_of_units_that_differ_cost_no_row_and_lose_no_digit() -> None:
+    far = pa.array([datetime.datetime(9999, 12, 31)], pa.timestamp("us"))
+    fine = pa.array([1], pa.timestamp("ns"))
+    schema = schema_of([], far.type, fine.type)
+    carried = [conform(pa.table({"x": column}), schema) for column in (far, fine)]
+    assert [broken for _, broken in carried] == [{}, {}]
+    assert [table["x"].to_pylist() for table, _ in carried] == [
+        ["9999-12-31 00:00:00.000000"],
+        ["1970-01-01 00:00:00.000000001"],
+    ]
+
+
+def test_a_value_out_of_a_types_range_makes_its_row_an_error() -> None:
     early = pa.array(
         [datetime.datetime(2026, 1, 1), datetime.datetime(1066, 1, 1)], pa.timestamp("s")
     )
-    table, broken = conform(pa.table({"x": early}), schema_of([], early.type, pa.timestamp("ns")))
+    schema = pa.schema([("x", pa.timestamp("ns"))])  # of an old plan
+    table, broken = conform(pa.table({"x": early}), schema)
     assert {at: error.code for at, error in broken.items()} == {1: "invalid_value"}
     assert [value is None for value in table["x"].to_pylist()] == [False, True]

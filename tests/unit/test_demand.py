@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi4ray.demand import Lengths, Size, max_tokens_of, prompt_of, sequences_of
+from phi4ray.demand import MOST_TOKENS, Lengths, Size, max_tokens_of, prompt_of, sequences_of
 
 
 def test_demand_is_the_prompt_and_the_most_it_may_produce() -> None:
@@ -39,6 +39,8 @@ def test_a_limit_that_answers_never_reach_does_not_empty_the_engine() -> None:
         ({"max_tokens": 5, "n": "3"}, 15),
         ({"max_tokens": 5, "n": 2, "prompt": ["a", "b", "c"]}, 30),
         ({"max_tokens": 5, "n": 10**400}, None),
+        ({"max_tokens": 10**400}, MOST_TOKENS),
+        ({"max_tokens": 10**400, "n": 2}, 2 * MOST_TOKENS),
         ({"max_tokens": None, "n": None}, None),
         ({"max_tokens": 0}, None),
         ({"max_tokens": -5}, None),

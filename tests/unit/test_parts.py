@@ -102,6 +102,24 @@ def test_what_json_has_not_is_null_in_a_response() -> None:
     assert json.loads(row.response or "")["choices"][0]["logprobs"] == [None]
 
 
+def test_half_a_character_costs_an_answer_that_character_alone() -> None:
+    call = {"function": {"arguments": '{"say": "\ud83d"}'}}
+    body = chat("pair \ud83d\ude00, half \ude00", tool_calls=[call]) | {"p": float("nan")}
+    row = ROW.answered(Answer(200, body))
+    assert (row.text, row.completion_tokens) == ("pair 😀, half �", 3)
+    assert json.loads(row.response or "") == chat(
+        "pair 😀, half �", tool_calls=[{"function": {"arguments": '{"say": "�"}'}}]
+    ) | {"p": None}
+    assert results_of(part_table([row], NONE_CARRIED, make_receipt("p", 0, [row], 0, 1))) == [row]
+
+
+def test_half_a_character_in_a_refusal_leaves_its_code_and_message() -> None:
+    error = {"message": "no \ud83d", "code": "odd \ud83d"}
+    row = ROW.answered(Answer(400, {"error": error}))
+    assert (row.error_code, row.error_message) == ("odd �", "no �")
+    assert results_of(part_table([row], NONE_CARRIED, make_receipt("p", 0, [row], 0, 1))) == [row]
+
+
 @pytest.mark.parametrize(
     ("status", "error", "code"),
     [

@@ -181,6 +181,18 @@ def test_a_row_that_the_engine_refuses_is_an_error_after_one_try(tmp_path: Path)
     assert (fits["error_code"], fits["attempts"]) == (None, 1)
 
 
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "top_logprobs"])
+def test_a_number_of_any_size_is_the_engines_to_refuse_and_costs_no_other_row(
+    tmp_path: Path, name: str
+) -> None:
+    row = {"prompt": "b", "sampling": {name: 10**400}}
+    write_lines(tmp_path / "in" / "a.jsonl", [{"prompt": "a"}, row])
+    config, plan = planned(tmp_path)
+    engine = Engine(lambda prompt, _: refusal("too_many", "no", 400) if prompt == "b" else None)
+    run(config, plan, engine)
+    assert [row["error_code"] for row in rows_of(config)] == [None, "too_many"]
+
+
 @pytest.mark.parametrize("status", sorted(answers_module.RETRY_STATUS))
 def test_a_transient_failure_is_tried_again_until_it_is_answered(
     tmp_path: Path, status: int
@@ -418,6 +430,39 @@ def test_a_rerun_asks_only_failed_rows_and_adds_their_attempts(tmp_path: Path) -
     assert [row["text"] for row in second] == [fake_text(f"prompt {n}") for n in range(10)]
     assert [new for new in second if new["n"] not in (3, 8)] == [
         old for old in first if old["n"] not in (3, 8)
+    ]
+
+
+def test_a_shard_has_more_categories_than_one_file_and_so_may_a_rerun_of_an_old_part(
+    tmp_path: Path,
+) -> None:
+    few = pa.dictionary(pa.int8(), pa.string())
+    for name in "ab":
+        table = pa.table(
+            {
+                "prompt": [f"{name}{at}" for at in range(100)],
+                "kind": pa.array([f"kind {name}{at}" for at in range(100)], few),
+            }
+        )
+        write_parquet(tmp_path / "in" / f"{name}.parquet", table)
+    config, plan = planned(tmp_path, max_attempts=1)
+    broken = refusal("engine_error", "not now", 500)
+    run(config, plan, Engine(lambda prompt, _: broken if prompt == "a3" else None))
+    kinds = [f"kind {name}{at}" for name in "ab" for at in range(100)]
+    assert [row["kind"] for row in rows_of(config)] == kinds
+
+    (path,) = parts(config).values()
+    table = pq.read_table(path)
+    at = table.schema.get_field_index("kind")
+    old = table.schema.set(at, pa.field("kind", few))
+    with pq.ParquetWriter(path, old) as writer:
+        for piece in (table[:100], table[100:]):
+            writer.write_table(
+                piece.set_column(at, "kind", pa.array(piece["kind"].to_pylist(), few))
+            )
+    run(config.model_copy(update={"retry_errors": True}), plan, Engine())
+    assert [(row["kind"], row["error_code"]) for row in rows_of(config)] == [
+        (kind, None) for kind in kinds
     ]
 
 
