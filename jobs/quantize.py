@@ -20,14 +20,23 @@ from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
-from jobs.flags import Flags, add_config, add_fields, bare_parser, file_layer, new_console, told
+from jobs.flags import (
+    INTERRUPTED,
+    Flags,
+    add_config,
+    add_fields,
+    bare_parser,
+    file_layer,
+    new_console,
+    told,
+)
 from phi4ray.config import validated
 from phi4ray.errors import ConfigError, Phi4rayError
 from phi4ray.gpus import GIB
 from phi4ray.train.quantize import quantize, tell
 from phi4ray.train.scheme import QuantizeConfig, Scheme
 
-EXIT_CODES = "exit codes: 0 the checkpoint is written, 1 failed, 2 bad arguments"
+EXIT_CODES = "exit codes: 0 the checkpoint is written, 1 failed, 2 bad arguments, 130 interrupted"
 
 FLAGS: Flags = {
     "model": str,
@@ -57,6 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = quantize(configuration(arguments), console)
     except Phi4rayError as error:
         return told(error)
+    except KeyboardInterrupt:
+        print(
+            "interrupted: no checkpoint was written, the same command begins anew", file=sys.stderr
+        )
+        return INTERRUPTED
     console.print(
         f"{result.bytes_before / GIB:.3f} GiB → {result.bytes_after / GIB:.3f} GiB in "
         f"{result.seconds:.0f} s: {result.output}"

@@ -201,6 +201,19 @@ def test_a_wrong_argument_is_named(arguments: tuple[str, ...], named: str) -> No
         configured(*arguments)
 
 
+def test_an_interrupt_ends_in_a_line_that_says_what_is_kept_and_with_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "connected", interrupted)
+    assert finetune.main(["--input", "a/", "--output", "b", "--model", "m"]) == 130
+    assert capsys.readouterr().err == (
+        "interrupted: the same command goes on from the last whole checkpoint\n"
+    )
+
+
 def test_bad_arguments_end_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert finetune.main(["--output", "b"]) == 2
     assert "input: Field required" in capsys.readouterr().err
