@@ -119,12 +119,16 @@ def configuration(arguments: argparse.Namespace) -> QuantizeConfig:
     """Merge the YAML file and flags, which win.
 
     Raises:
-        ConfigError: names every field that is wrong or missing.
+        ConfigError: names every field that is wrong, missing, or without effect on the scheme.
     """
     given = vars(arguments)
     names = (*FLAGS, "scheme", "calibration")
     flags = {name: given[name] for name in names if name in given}
-    return validated(QuantizeConfig, file_layer(arguments.config), flags)
+    config = validated(QuantizeConfig, file_layer(arguments.config), flags)
+    # Not in the model: the record of a checkpoint states all settings, its card is made of them.
+    if unused := config.unused():
+        raise ConfigError(f"{config.scheme} takes no notice of {', '.join(unused)}: leave that out")
+    return config
 
 
 if __name__ == "__main__":

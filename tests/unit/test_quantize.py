@@ -241,10 +241,10 @@ def test_a_report_for_another_folder_or_with_other_flags_is_refused(
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "q.yaml"
-    path.write_text("{scheme: w4a16, model: m, output: o, iters: 5, calibration: [a.jsonl]}")
+    path.write_text("{scheme: gptq-4bit, model: m, output: o, iters: 5, calibration: [a.jsonl]}")
     arguments = ["--config", str(path), "--iters", "7", "--calibration", "b.jsonl", "c.parquet"]
     made = configuration(parser().parse_args(arguments))
-    assert (made.scheme, made.iters) == ("w4a16", 7)
+    assert (made.scheme, made.iters) == ("gptq-4bit", 7)
     assert made.calibration == ("b.jsonl", "c.parquet")
 
 
