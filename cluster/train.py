@@ -13,7 +13,7 @@ from ray.train.torch import TorchTrainer
 from cluster.batch import ENVIRONMENT, translated
 from cluster.environment import set_defaults
 from phi4ray.batch.executor import in_thread
-from phi4ray.errors import ConfigError, Phi4rayError
+from phi4ray.errors import ConfigError, DivergedError, Phi4rayError
 from phi4ray.train.config import FinetuneConfig
 from phi4ray.train.curve import Point
 from phi4ray.train.host import Stopped
@@ -115,7 +115,7 @@ def _work(given: Mapping[str, Any]) -> None:
 
     try:
         train(given["config"], report)
-    except ConfigError as error:
+    except (ConfigError, DivergedError) as error:
         ray.get(board.failed.remote(error))
 
 

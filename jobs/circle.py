@@ -32,6 +32,7 @@ from phi4ray.errors import EngineStartError, IncompleteOutputError, Phi4rayError
 from phi4ray.storage import copy_tree, join, storage_for, upload_tree
 from phi4ray.train.curve import HISTORY_NAME, decode_history
 from phi4ray.train.evaluate import REPORT_JSON, read_report
+from phi4ray.train.scheme import GROUPED
 from phi4ray.train.sums import Sum, held_out_sums, training_sums
 from phi4ray.train.tiny import make_tiny_model
 
@@ -129,9 +130,10 @@ def train(console: Console, steps: int) -> Row:
 
 def quantize(console: Console, scheme: str, group_size: int) -> Row:
     """The trained model gets smaller; calibrated on chats that it was trained on."""
+    groups = ("--group-size", str(group_size)) if scheme in GROUPED else ()
     seconds = run(
         console, "jobs/quantize.py", "--model", join(TUNED, "model"), "--output", QUANTIZED,
-        "--scheme", scheme, "--group-size", str(group_size), "--calibration", CHATS,
+        "--scheme", scheme, *groups, "--calibration", CHATS,
         "--num-samples", "256", "--max-seq-length", "64",
     )  # fmt: skip
     sizes = (size_of(join(TUNED, "model")), size_of(QUANTIZED))

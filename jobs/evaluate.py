@@ -22,6 +22,7 @@ from cluster.batch import RayExecutor, logs_wanted
 from cluster.local import connected
 from jobs.flags import (
     ENGINE_FLAGS,
+    INTERRUPTED,
     Flags,
     add_fields,
     engine_layer,
@@ -40,7 +41,8 @@ from phi4ray.train.tables import render
 
 EXIT_CODES = """\
 exit codes: 0 measured, and within the bound if compared, 3 the loss is above the bound,
-            4 undecided: more samples are needed, 1 failed, 2 bad arguments"""
+            4 undecided: more samples are needed, 1 failed, 2 bad arguments,
+            130 interrupted"""
 
 FLAGS: Flags = {
     "against": str,
@@ -71,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
     except Phi4rayError as error:
         return told(error)
+    except KeyboardInterrupt:
+        print("interrupted: run again, batches go on from their finished parts", file=sys.stderr)
+        return INTERRUPTED
     print(render(report), end="")
     return {"fail": 3, "undecided": 4}.get(report.verdict or "", 0)
 

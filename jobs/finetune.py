@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a
 from cluster.local import connected
 from cluster.train import RayHost
 from jobs.flags import (
+    INTERRUPTED,
     Flags,
     add_config,
     add_fields,
@@ -33,7 +34,7 @@ from phi4ray.storage import normal
 from phi4ray.train.config import FinetuneConfig, LoraSettings
 from phi4ray.train.finetune import finetune
 
-EXIT_CODES = "exit codes: 0 the model is there, 1 failed, 2 bad arguments"
+EXIT_CODES = "exit codes: 0 the model is there, 1 failed, 2 bad arguments, 130 interrupted"
 
 FLAGS: Flags = {
     "model": str,
@@ -71,6 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             summary = finetune(config, RayHost(), console)
     except Phi4rayError as error:
         return told(error)
+    except KeyboardInterrupt:
+        print(
+            "interrupted: the same command goes on from the last whole checkpoint", file=sys.stderr
+        )
+        return INTERRUPTED
     console.print(f"loss {summary.points[0].loss:.4f} → {summary.points[-1].loss:.4f}")
     console.print(f"the model: {summary.model}\nthe report: {summary.report}")
     return 0

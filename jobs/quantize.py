@@ -20,14 +20,23 @@ from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
-from jobs.flags import Flags, add_config, add_fields, bare_parser, file_layer, new_console, told
+from jobs.flags import (
+    INTERRUPTED,
+    Flags,
+    add_config,
+    add_fields,
+    bare_parser,
+    file_layer,
+    new_console,
+    told,
+)
 from phi4ray.config import validated
 from phi4ray.errors import ConfigError, Phi4rayError
 from phi4ray.gpus import GIB
 from phi4ray.train.quantize import quantize, tell
 from phi4ray.train.scheme import QuantizeConfig, Scheme
 
-EXIT_CODES = "exit codes: 0 the checkpoint is written, 1 failed, 2 bad arguments"
+EXIT_CODES = "exit codes: 0 the checkpoint is written, 1 failed, 2 bad arguments, 130 interrupted"
 
 FLAGS: Flags = {
     "model": str,
@@ -57,6 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = quantize(configuration(arguments), console)
     except Phi4rayError as error:
         return told(error)
+    except KeyboardInterrupt:
+        print(
+            "interrupted: no checkpoint was written, the same command begins anew", file=sys.stderr
+        )
+        return INTERRUPTED
     console.print(
         f"{result.bytes_before / GIB:.3f} GiB → {result.bytes_after / GIB:.3f} GiB in "
         f"{result.seconds:.0f} s: {result.output}"
@@ -105,12 +119,16 @@ def configuration(arguments: argparse.Namespace) -> QuantizeConfig:
     """Merge the YAML file and flags, which win.
 
     Raises:
-        ConfigError: names every field that is wrong or missing.
+        ConfigError: names every field that is wrong, missing, or without effect on the scheme.
     """
     given = vars(arguments)
     names = (*FLAGS, "scheme", "calibration")
     flags = {name: given[name] for name in names if name in given}
-    return validated(QuantizeConfig, file_layer(arguments.config), flags)
+    config = validated(QuantizeConfig, file_layer(arguments.config), flags)
+    # Not in the model: the record of a checkpoint states all settings, its card is made of them.
+    if unused := config.unused():
+        raise ConfigError(f"{config.scheme} takes no notice of {', '.join(unused)}: leave that out")
+    return config
 
 
 if __name__ == "__main__":

@@ -122,7 +122,9 @@ def key(name: Annotated[str, typer.Argument(help="whose key it is")]) -> None:
     secret, digest = new_key()
     new_console().print(f"key, for {name} only: {secret}")
     new_console().print("for gate.keys_file, below `tenants:`")
-    new_console().print(f'- {{name: "{name}", key_sha256: ["{digest}"]}}')
+    new_console().print(
+        f'- {{name: {json.dumps(name, ensure_ascii=False)}, key_sha256: ["{digest}"]}}'
+    )
 
 
 def model_facts(entry: CatalogueEntry) -> dict[str, Any]:

@@ -15,6 +15,7 @@
     ├── EngineError                 the inference engine failed
     │   ├── EngineStartError        it cannot start: wrong model, no memory
     │   └── EngineDeadError         it ran and died: the process that hosts it must go
+    ├── DivergedError               a fine-tune's loss or weights are no numbers any more
     ├── QuantizationError           AutoRound or llm-compressor failed
     └── ClusterError                Ray lost the cluster or cannot give what the job needs
 
@@ -26,6 +27,7 @@ __all__ = [
     "AccessDeniedError",
     "ClusterError",
     "ConfigError",
+    "DivergedError",
     "EngineDeadError",
     "EngineError",
     "EngineStartError",
@@ -104,6 +106,10 @@ class EngineStartError(EngineError):
 
 class EngineDeadError(EngineError):
     """The engine died; its process must exit so that another one takes its place."""
+
+
+class DivergedError(Phi4rayError):
+    """A fine-tune's loss or weights are no numbers any more; the same would come again."""
 
 
 class QuantizationError(Phi4rayError):

@@ -98,6 +98,7 @@ OWN_ARGUMENTS = frozenset(
             "logging_strategy",
             "logging_first_step",
             "logging_steps",
+            "logging_nan_inf_filter",
             "use_cpu",
             "report_to",
             "disable_tqdm",

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
 
 HISTORY_NAME = "_history.json"
 
@@ -36,7 +36,8 @@ class Point:
         )
 
 
-_HISTORY = TypeAdapter(list[Point])
+# A norm may be infinite, which is `Infinity` then, as Python's json has it, and not null.
+_HISTORY = TypeAdapter(list[Point], config=ConfigDict(ser_json_inf_nan="constants"))
 
 
 def encode_history(points: Sequence[Point]) -> bytes:

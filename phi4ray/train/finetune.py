@@ -58,6 +58,7 @@ def finetune(config: FinetuneConfig, host: Host, console: Console) -> FinetuneSu
         InputError: an input cannot be read, or nothing in it can be learned from.
         TooManyErrorsError: more rows are refused than `max_error_fraction` allows.
         PlanMismatchError: the output prefix belongs to another fine-tune.
+        DivergedError: the loss or the weights are no numbers any more.
         StorageError: the store refused or failed.
         ClusterError: workers were lost more often than `max_failures`.
     """

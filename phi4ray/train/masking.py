@@ -8,6 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from jinja2 import TemplateError
+
 from phi4ray.train.chats import Chat, Messages, Refused
 
 IGNORED = -100
@@ -47,9 +49,9 @@ class Span:
 
 def to_example(chat: Chat, tokenizer: ChatTokenizer, max_length_tokens: int) -> Example | Refused:
     """Tokenize a chat and mask all but its answers; one that would have to be cut is refused."""
-    text = _render(tokenizer, chat.messages)
     try:
-        spans = answer_spans(chat.messages, text, tokenizer)
+        text = _render(tokenizer, chat.messages)
+        spans = answer_spans(chat, text, tokenizer)
         tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = list(tokens["input_ids"])
         # Phi-4-mini's end of a turn has no role of its own, as an eos has, and is special as well.
@@ -64,15 +66,16 @@ def to_example(chat: Chat, tokenizer: ChatTokenizer, max_length_tokens: int) -> 
     return Example(ids, labels)
 
 
-def answer_spans(messages: Messages, text: str, tokenizer: ChatTokenizer) -> list[Span]:
-    """Where each answer is in the rendered chat.
+def answer_spans(chat: Chat, text: str, tokenizer: ChatTokenizer) -> list[Span]:
+    """Where each answer to learn is in the rendered chat.
 
     Raises:
-        ValueError: the template does not write out a turn as the served model will be asked it.
+        ValueError: the template refuses the chat, or does not write out a turn as the served model
+            will be asked it.
     """
-    spans = []
+    spans, messages = [], chat.messages
     for at, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or at in chat.unlearned:
             continue
         prompt = _render(tokenizer, messages[:at], add_generation_prompt=True)
         content = message["content"].strip()
@@ -126,4 +129,7 @@ def mask(
 
 
 def _render(tokenizer: ChatTokenizer, messages: Messages, **options: Any) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except TemplateError as error:  # what templates raise of chats that are not as they want them
+        raise ValueError(f"the chat template refuses the chat: {error}") from error

@@ -1,5 +1,6 @@
 """The report of a finished fine-tune: one HTML file with its loss curve."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 from phi4ray.batch.charts import line_chart
@@ -31,12 +32,13 @@ def render_report(config: FinetuneConfig, plan: FinetunePlan, points: Sequence[P
     steps = [float(point.step) for point in points]
     losses = [point.loss for point in points]
     rates = {"rate": [point.learning_rate for point in points]}
-    norms = {"norm": [point.grad_norm for point in points]}
+    finite = [point for point in points if math.isfinite(point.grad_norm)]
+    norms = {"norm": [point.grad_norm for point in finite]}
     both = {"loss": losses, "smoothed": list(smoothed(losses))}
     curves = [
         line_chart("Loss", "nats", steps, both, across="step"),
         line_chart("Learning rate", "", steps, rates, across="step"),
-        line_chart("Norm of the gradient", "", steps, norms, across="step"),
+        line_chart("Norm of the gradient", "", [p.step for p in finite], norms, across="step"),
     ]
     settings = config.model_dump(exclude={"lora"} if config.method == "full" else set())
     lines = [

@@ -46,6 +46,20 @@ class QuantizeConfig(Config):
         """Whether values of activations decide anything: not for scales that are taken anew."""
         return self.scheme != "fp8-dynamic" or self.kv_cache_scheme is not None
 
+    def unused(self) -> list[str]:
+        """Names of settings that were given and that this scheme takes no notice of."""
+        ignored: set[str] = set()
+        if not self.needs_calibration:
+            ignored |= {"calibration_dataset", "calibration_split", "num_samples"}
+            ignored |= {"max_seq_length", "seed"}
+        if self.scheme not in GROUPED:
+            ignored.add("group_size")
+        if self.scheme != "gptq-4bit":
+            ignored.add("iters")
+        if self.scheme != "w8a8":
+            ignored.add("smoothing_strength")
+        return sorted(ignored & self.model_fields_set)
+
     @model_validator(mode="after")
     def _check(self) -> "QuantizeConfig":
         if self.scheme == "gptq-4bit" and self.kv_cache_scheme is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
@@ -32,6 +33,7 @@ from phi4ray.train.adapters import ADAPTER_FILES, add_adapters, merge_adapters
 from phi4ray.train.checkpoints import last_checkpoint, prune, seal, upload
 from phi4ray.train.config import FinetuneConfig
 from phi4ray.train.curve import HISTORY_NAME, Point, encode_history
+from phi4ray.train.divergence import broken_weights, check_point, has_numbers
 from phi4ray.train.masking import IGNORED
 from phi4ray.train.tokenizer import load_tokenizer
 from phi4ray.train.tokens import read_tokens
@@ -47,6 +49,7 @@ def train(config: FinetuneConfig, report: Callable[[Point], None]) -> None:
 
     Raises:
         ConfigError: the model or an argument does not fit.
+        DivergedError: the loss or the weights are no numbers any more.
         StorageError: the store refuses a checkpoint or the model.
     """
     disable_progress_bar()
@@ -114,6 +117,7 @@ def training_arguments(config: FinetuneConfig, folder: Path) -> TrainingArgument
         "logging_strategy": "steps",
         "logging_first_step": True,
         "logging_steps": config.logging_steps,
+        "logging_nan_inf_filter": False,  # it would tell an earlier loss in NaN's place
         "include_num_input_tokens_seen": "non_padding",
         "use_cpu": config.gpus_per_worker == 0,
         "report_to": "none",
@@ -165,14 +169,17 @@ class Collator:
 
 
 class _Reporter(TrainerCallback):
-    """Passes points of the loss curve on."""
+    """Passes points of the loss curve on, as long as they are numbers."""
 
     def __init__(self, report: Callable[[Point], None]) -> None:
         self._report = report
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if state.is_world_process_zero and logs and "loss" in logs:
-            self._report(Point.of_log(state.log_history[-1], state.max_steps))
+        if logs and "loss" in logs:
+            point = Point.of_log(state.log_history[-1], state.max_steps)
+            check_point(point)  # in every worker, for all have the same: none waits for another
+            if state.is_world_process_zero:
+                self._report(point)
 
 
 class _Uploader(TrainerCallback):
@@ -183,9 +190,13 @@ class _Uploader(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         output, step = self._config.output, state.global_step
+        folder = Path(args.output_dir) / f"checkpoint-{step}"
         everyone = PartialState()
-        everyone.wait_for_everyone()
-        upload(output, step, Path(args.output_dir) / f"checkpoint-{step}")
+        # One worker has the weights, and all end if they are broken. Between two points of the
+        # curve nobody has looked at a loss or norm.
+        if not all(gather_object([has_numbers(folder)])):
+            raise broken_weights(step)
+        upload(output, step, folder)
         everyone.wait_for_everyone()
         if state.is_world_process_zero:
             seal(output, step)
@@ -205,9 +216,6 @@ def _publish(
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     if config.method == "lora":
         model = merge_adapters(_from_pretrained(base, "auto"), checkpoint)
-        for name in ADAPTER_FILES:
-            uri = join(config.output, f"{ADAPTER}{name}")
-            storage_for(uri).write_file(uri, checkpoint / name)
     else:
         model = _from_pretrained(checkpoint, AutoConfig.from_pretrained(base).dtype)
     model.config.use_cache = True
@@ -215,6 +223,12 @@ def _publish(
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder, max_shard_size=MAX_SHARD)
     tokenizer.save_pretrained(folder)
+    if not has_numbers(folder):
+        raise broken_weights(state.global_step)
+    if config.method == "lora":
+        for name in ADAPTER_FILES:
+            uri = join(config.output, f"{ADAPTER}{name}")
+            storage_for(uri).write_file(uri, checkpoint / name)
     upload_tree(folder, join(config.output, MODEL))
     points = [Point.of_log(log, state.max_steps) for log in state.log_history if "loss" in log]
     uri = join(config.output, HISTORY_NAME)

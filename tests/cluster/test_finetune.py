@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from cluster.local import connected
 from cluster.train import RayHost
-from phi4ray.errors import ConfigError
+from phi4ray.errors import ConfigError, DivergedError, Phi4rayError
 from phi4ray.train.config import FinetuneConfig
 from phi4ray.train.curve import Point, decode_history
 from phi4ray.train.finetune import finetune
@@ -107,7 +107,20 @@ def test_a_split_model_learns_what_whole_copies_do(tmp_path: Path, method: str) 
         torch.testing.assert_close(weights, whole[name], rtol=0.05, atol=5e-3)
 
 
-def test_an_error_that_would_come_again_comes_once_and_as_it_is(tmp_path: Path) -> None:
-    config = small_finetune(tmp_path, lora={"target_modules": ("q_proj",)})
-    with pytest.raises(ConfigError, match=r"lora\.target_modules do not fit"):
+@pytest.mark.parametrize(
+    ("changes", "kind", "why"),
+    [
+        (
+            {"lora": {"target_modules": ("q_proj",)}},
+            ConfigError,
+            r"lora\.target_modules do not fit",
+        ),
+        ({"learning_rate": 1e38}, DivergedError, "a lower learning_rate"),
+    ],
+)
+def test_an_error_that_would_come_again_comes_once_and_as_it_is(
+    tmp_path: Path, changes: dict[str, Any], kind: type[Phi4rayError], why: str
+) -> None:
+    config = small_finetune(tmp_path, **changes)
+    with pytest.raises(kind, match=why):
         finetune(config, RayHost(), Console(file=io.StringIO()))

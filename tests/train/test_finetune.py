@@ -9,10 +9,16 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from phi4ray.errors import ConfigError, InputError, PlanMismatchError, TooManyErrorsError
+from phi4ray.errors import (
+    ConfigError,
+    DivergedError,
+    InputError,
+    PlanMismatchError,
+    TooManyErrorsError,
+)
 from phi4ray.train.config import FinetuneConfig
 from phi4ray.train.curve import Point, decode_history
 from phi4ray.train.finetune import FinetuneSummary, finetune
@@ -214,6 +220,35 @@ def test_what_does_not_fit_the_model_is_said_once(
 ) -> None:
     with pytest.raises(ConfigError, match=why):
         run(small_finetune(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("logging_steps", [1, 20])
+def test_weights_that_are_no_numbers_are_neither_kept_nor_published(
+    tmp_path: Path, logging_steps: int
+) -> None:
+    steps = {"max_steps": 3, "checkpoint_every_steps": 3, "logging_steps": logging_steps}
+    config = small_finetune(tmp_path, learning_rate=1e38, **steps)
+    for _ in range(2):  # the same command says the same again
+        with pytest.raises(DivergedError, match=r"step [23].*a lower learning_rate"):
+            run(config)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "_finetune.json",
+        "_refused.jsonl",
+        "_tokens.parquet",
+    }
+
+
+def test_a_checkpoint_with_such_weights_from_elsewhere_is_not_published(tmp_path: Path) -> None:
+    config = small_finetune(tmp_path, max_steps=1)
+    run(config)
+    [kept] = (tmp_path / "out" / "_checkpoints").rglob("adapter_model.safetensors")
+    weights = {name: torch.full_like(value, torch.nan) for name, value in load_file(kept).items()}
+    save_file(weights, kept, {"format": "pt"})
+    for name in ("_SUCCESS", "_history.json", "model/model.safetensors"):
+        (tmp_path / "out" / name).unlink()
+    with pytest.raises(DivergedError, match="weights after step 1 "):
+        run(config)
+    assert not (tmp_path / "out" / "model" / "model.safetensors").exists()
 
 
 def test_training_args_cannot_take_what_a_field_says(tmp_path: Path) -> None:

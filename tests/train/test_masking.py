@@ -1,6 +1,7 @@
 """Only answers are learned, each with the token that ends it, whatever the chat template does."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -84,6 +85,18 @@ def test_any_answers_are_learned_and_nothing_else(
     assert learned(example, tokenizer) == [f"{answer}<|im_end|>" for _, answer in turns]
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_answer_of_weight_0_is_there_and_not_learned(tokenizer: Any, template: str) -> None:
+    tokenizer.chat_template = template
+    whole = chat("2+2?", "5", "No: 2+2?", "4")
+    example = to_example(replace(whole, unlearned=frozenset({1})), tokenizer, 1000)
+    assert learned(example, tokenizer) == ["4<|im_end|>"]
+    other = to_example(whole, tokenizer, 1000)
+    assert isinstance(example, Example)
+    assert isinstance(other, Example)
+    assert example.input_ids == other.input_ids
+
+
 def test_a_template_that_trims_answers_is_followed(tokenizer: Any) -> None:
     tokenizer.chat_template = PHI_4.replace("message['content']", "(message['content'] | trim)")
     example = to_example(chat("2+2?", "  4 \n"), tokenizer, 100)
@@ -108,6 +121,12 @@ def test_a_chat_that_would_have_to_be_cut_is_refused(tokenizer: Any) -> None:
         (PHI_4.replace("'<|im_end|>'", "''"), "no end token"),
         (PHI_4.replace("message['content']", "(message['content'] | upper)"), "as it is"),
         (PHI_4.replace("for message in messages", "for message in messages[-1:]"), "another way"),
+        ("{{ raise_exception('roles must alternate') }}", "refuses the chat: roles must alternate"),
+        # Only what comes before an answer, by itself.
+        (
+            "{% if messages | length == 1 %}{{ raise_exception('no answer') }}{% endif %}" + PHI_4,
+            "refuses the chat: no answer",
+        ),
     ],
 )
 def test_a_template_that_does_not_fit_refuses_the_chat(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from phi4ray.batch.plan import Input
 from phi4ray.errors import InputError
 from phi4ray.storage import storage_for
+from phi4ray.train import chats
 from phi4ray.train.chats import Chat, Place, Refused, read_chats, to_chat
 from phi4ray.train.config import FinetuneConfig
 from phi4ray.train.plan import list_chats
@@ -95,6 +96,12 @@ def test_a_system_text_comes_first() -> None:
         ({"messages": ["hi"]}, "messages[0]", "invalid_type"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "unknown_role"),
         ({"messages": ASKED[:1]}, "messages", "no_answer"),
+        ({"messages": [ASKED[0], {**ASKED[1], "weight": 0}]}, "messages", "no_answer"),
+        (
+            {"messages": [ASKED[0], {**ASKED[1], "weight": 0.5}]},
+            "messages[1].weight",
+            "unknown_weight",
+        ),
         (
             {"messages": [*ASKED, ASKED[0], {"role": "assistant", "content": ""}]},
             "messages[3].content",
@@ -128,6 +135,50 @@ def test_broken_rows_keep_their_numbers(tmp_path: Path) -> None:
         "ragged_row",
         "ragged_row",
     ]
+
+
+def test_a_cell_may_be_as_long_as_a_row(tmp_path: Path) -> None:
+    long = "x" * 140_000
+    path = write_csv(tmp_path / "a.csv", [{"prompt": long, "completion": "b"}])
+    [chat] = read(path)
+    assert isinstance(chat, Chat)
+    assert chat.messages[0]["content"] == long
+
+
+@pytest.mark.parametrize(
+    "long",
+    [
+        "x" * 5000,
+        "a,b\n" * 1000,
+        'she said "x"\n' * 500,
+        "x" * 990 + '\n"yyyyyyyyyyyy',
+        "ab\n" * 200_000,
+    ],
+)
+def test_a_longer_row_is_refused_with_its_place_and_those_after_it_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long: str
+) -> None:
+    monkeypatch.setattr(chats, "MAX_ROW_BYTES", 1000)
+    good = {"prompt": "2+2?", "completion": "4"}
+    rows = [good, {"prompt": long, "completion": "b"}, good, {"prompt": "a", "completion": long}]
+    found = read(write_csv(tmp_path / "a.csv", [*rows, good]))
+    assert [getattr(row, "code", "chat") for row in found] == [
+        "chat",
+        "row_too_long",
+        "chat",
+        "row_too_long",
+        "chat",
+    ]
+    assert str(found[1]) == f"{tmp_path}/a.csv row 1, row: the row has more than 1,000 characters"
+
+
+def test_an_answer_of_weight_0_is_not_to_be_learned() -> None:
+    wrong = {"role": "assistant", "content": "5", "weight": 0}
+    found = to_chat(HERE, {"messages": [ASKED[0], wrong, ASKED[0], {**ASKED[1], "weight": 1}]})
+    plain = {"role": "assistant", "content": "5"}
+    assert found == Chat(HERE, [ASKED[0], plain, *ASKED], unlearned=frozenset({1}))
+    by_default = to_chat(HERE, {"messages": [ASKED[0], {**ASKED[1], "weight": None}]})
+    assert by_default == Chat(HERE, ASKED)
 
 
 def test_a_table_that_begins_with_its_row_numbers_is_read(tmp_path: Path) -> None:

@@ -157,9 +157,10 @@ def test_bad_arguments_exit_2_and_are_named(arguments: tuple[str, ...], told: st
 # keys
 
 
-def test_a_key_is_shown_once_and_its_digest_fits_the_keys_file() -> None:
-    shown = run("key", "acme").stdout.splitlines()
+@pytest.mark.parametrize("name", ["acme", 'Team "A"', "C:\\team", "équipe 🙂"])
+def test_a_key_is_shown_once_and_its_digest_fits_the_keys_file(name: str) -> None:
+    shown = run("key", name).stdout.splitlines()
     secret = shown[0].rpartition(" ")[2]
     keys = parse("tenants:\n" + shown[-1], "keys.yaml")
-    assert keys.tenants[0].name == "acme"
+    assert keys.tenants[0].name == name
     assert keys.tenants[0].key_sha256 == (digest(secret),)

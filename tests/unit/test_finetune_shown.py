@@ -1,7 +1,9 @@
 """What a fine-tune shows: its progress, its curve, its report; and what its command line takes."""
 
 import io
+import math
 import re
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from jobs import finetune
-from phi4ray.errors import ConfigError
+from phi4ray.errors import ConfigError, DivergedError
 from phi4ray.train.config import FinetuneConfig
 from phi4ray.train.curve import Point, decode_history, encode_history
+from phi4ray.train.divergence import check_point
 from phi4ray.train.plan import FinetunePlan
 from phi4ray.train.progress import Progress, line_of
 from phi4ray.train.report import render_report, smoothed
@@ -104,6 +107,28 @@ def test_the_report_has_the_figures_the_curves_and_the_settings() -> None:
         assert text in html
 
 
+def test_an_infinite_norm_is_kept_and_left_out_of_its_chart() -> None:
+    points = [point(1), replace(point(2), grad_norm=math.inf), point(3)]
+    assert decode_history(encode_history(points)) == points
+    html = render_report(CONFIG, PLAN, points)
+    assert html.count("<polyline") == 4
+    assert not re.search(r"\b(inf|nan)\b", html)
+
+
+@pytest.mark.parametrize(
+    "broken", [{"loss": math.nan}, {"loss": math.inf}, {"grad_norm": math.nan}]
+)
+def test_a_point_that_is_no_number_ends_the_training_and_says_what_helps(
+    broken: dict[str, float],
+) -> None:
+    with pytest.raises(DivergedError, match=r"step 20 has .*(nan|inf).* a lower learning_rate"):
+        check_point(replace(point(20), **broken))
+
+
+def test_an_infinite_norm_that_is_cut_to_nothing_does_not() -> None:
+    check_point(replace(point(20), grad_norm=math.inf))
+
+
 def test_a_report_of_one_step_has_its_point() -> None:
     assert "<polyline" in render_report(CONFIG, PLAN, [point(1, total=1)])
 
@@ -174,6 +199,19 @@ def test_fsdp_without_gpus_to_split_a_model_over_is_refused(where: tuple[str, ..
 def test_a_wrong_argument_is_named(arguments: tuple[str, ...], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         configured(*arguments)
+
+
+def test_an_interrupt_ends_in_a_line_that_says_what_is_kept_and_with_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "connected", interrupted)
+    assert finetune.main(["--input", "a/", "--output", "b", "--model", "m"]) == 130
+    assert capsys.readouterr().err == (
+        "interrupted: the same command goes on from the last whole checkpoint\n"
+    )
 
 
 def test_bad_arguments_end_with_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -241,11 +241,51 @@ def test_a_report_for_another_folder_or_with_other_flags_is_refused(
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "q.yaml"
-    path.write_text("{scheme: w4a16, model: m, output: o, iters: 5, calibration: [a.jsonl]}")
+    path.write_text("{scheme: gptq-4bit, model: m, output: o, iters: 5, calibration: [a.jsonl]}")
     arguments = ["--config", str(path), "--iters", "7", "--calibration", "b.jsonl", "c.parquet"]
     made = configuration(parser().parse_args(arguments))
-    assert (made.scheme, made.iters) == ("w4a16", 7)
+    assert (made.scheme, made.iters) == ("gptq-4bit", 7)
     assert made.calibration == ("b.jsonl", "c.parquet")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--scheme", "w8a8", "--group-size", "128"), "w8a8 takes no notice of group_size"),
+        (("--scheme", "w4a16", "--smoothing-strength", "0.5"), "smoothing_strength"),
+        (("--scheme", "w4a16", "--iters", "5"), "iters"),
+        (("--scheme", "fp8-dynamic", "--num-samples", "8", "--seed", "1"), "num_samples, seed"),
+    ],
+)
+def test_what_a_scheme_takes_no_notice_of_is_refused(
+    arguments: tuple[str, ...], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        configuration(parser().parse_args(["--model", "m", "--output", "o", *arguments]))
+
+
+def test_what_a_scheme_needs_is_taken_and_so_is_a_record_that_states_all_settings() -> None:
+    for arguments in (
+        ("--scheme", "gptq-4bit", "--group-size", "64", "--iters", "5"),
+        ("--scheme", "w8a8", "--smoothing-strength", "0.5", "--num-samples", "8"),
+        ("--scheme", "fp8-dynamic", "--kv-cache-scheme", "fp8", "--num-samples", "8"),
+    ):
+        made = configuration(parser().parse_args(["--model", "m", "--output", "o", *arguments]))
+        assert validated(QuantizeConfig, made.model_dump()) == made
+
+
+def test_an_interrupt_ends_in_a_line_and_with_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("jobs.quantize.quantize", interrupted)
+    assert main(["--model", "m", "--output", "o", "--scheme", "w8a8"]) == 130
+    assert capsys.readouterr().err == (
+        "interrupted: no checkpoint was written, the same command begins anew\n"
+    )
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_bad_arguments_end_with_2_and_name_each(capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,6 +99,20 @@ def test_settings_that_contradict_are_refused(changed: dict[str, object], told: 
         validated(EvaluateConfig, {"engine": {"model": "m"}, "output": "o"}, changed)
 
 
+def test_an_interrupt_ends_in_a_line_that_says_what_is_kept_and_with_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jobs.evaluate.evaluate", interrupted)
+    asked = ["--model", "m", "--output", "o", "--base-url", "http://localhost:1/v1"]
+    assert main(asked) == 130
+    assert capsys.readouterr().err == (
+        "interrupted: run again, batches go on from their finished parts\n"
+    )
+
+
 def test_recipe_file_and_flags_make_one_configuration(tmp_path: Path) -> None:
     path = tmp_path / "e.yaml"
     path.write_text("{tasks: [mmlu], limit: 5, engine: {max_num_seqs: 7}, output: out}")
