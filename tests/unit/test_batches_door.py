@@ -235,9 +235,16 @@ def test_what_a_newer_version_wrote_hides_nothing_else(tmp_path: Path) -> None:
 def test_to_ask_how_large_a_file_is_does_not_read_it(tmp_path: Path, monkeypatch: Any) -> None:
     with listening(service(str(tmp_path))) as url:
         file_id = upload(client_of(url), line(1))
-        monkeypatch.setattr(LocalStorage, "open", opened := Mock())
+        opened: list[str] = []
+        open_ = LocalStorage.open
+
+        def noting(storage: LocalStorage, uri: str, **options: Any) -> Any:
+            opened.append(uri.rpartition(".")[2])
+            return open_(storage, uri, **options)
+
+        monkeypatch.setattr(LocalStorage, "open", noting)
         found = httpx.head(f"{url}/v1/files/{file_id}/content")
-        opened.assert_not_called()
+        assert opened == ["json"]  # its record
         assert found.status_code == 200
         assert int(found.headers["content-length"]) > 100
 
