@@ -326,6 +326,22 @@ def read_table(uri: str) -> pa.Table:
     return table
 
 
+def failed_rows(output: str, plan: Plan, shard: int) -> list[int]:
+    """The places of a part's rows without an answer; of the part, one column is read.
+
+    Raises:
+        ObjectNotFoundError: the shard is not done.
+        IncompleteOutputError: the object is no part.
+    """
+    uri = join(output, plan.part_name(shard))
+    with storage_for(uri).open(uri) as stream:
+        try:
+            codes = pq.read_table(stream, columns=["error_code"])["error_code"].to_pylist()
+        except (pa.ArrowException, KeyError, OSError, ValueError) as error:
+            raise _no_part(uri) from error
+    return [at for at, code in enumerate(codes) if code is not None]
+
+
 def read_receipt(output: str, plan: Plan, shard: int) -> Receipt:
     """Read a part's receipt; costs the file's footer.
 

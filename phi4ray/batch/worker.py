@@ -20,6 +20,7 @@ from phi4ray.batch.parts import (
     Receipt,
     Result,
     encode_part,
+    failed_rows,
     make_receipt,
     part_reader,
     put_part,
@@ -42,6 +43,9 @@ storage_retry = tenacity.retry(
     reraise=True,
 )
 """Rides out an outage of the store: a shard's answers are worth ten minutes of waiting."""
+
+REWRITTEN_AT_ONCE = 2
+"""Parts held whole to put rows into: one waits for the store while the other is encoded."""
 
 
 Rows = tuple[list[Result], list[Request | None], pa.Table]
@@ -76,6 +80,7 @@ class ShardWorker:
         self._reads = Reads(plan.inputs, storage_retry(self._read))
         self._answers = Answers(config, replica)
         self._encoding = asyncio.Lock()
+        self._rewriting = asyncio.Semaphore(REWRITTEN_AT_ONCE)
 
     def stop(self, error: RowError) -> None:
         """Give every row that is not answered yet this error; those in flight are aborted.
@@ -129,15 +134,17 @@ class ShardWorker:
             )
         with self._answers.closing(shard.index):
             await self._answers.answer(shard.index, new, requests)
-            table = await asyncio.to_thread(
-                storage_retry(read_part), self._config.output, self._plan, shard.index
-            )
-            rows = results_of(table)
-            for at, result in zip(failed, new, strict=True):
-                if rows[at].error_code is not None:  # else another worker was faster
-                    rows[at] = replace(result, attempts=rows[at].attempts + result.attempts)
-            carried = table.drop_columns(COLUMNS.names)
-            return await self._write(shard, rows, carried, began, replacing=True)
+            async with self._rewriting:
+                table = await asyncio.to_thread(
+                    storage_retry(read_part), self._config.output, self._plan, shard.index
+                )
+                rows = await asyncio.to_thread(results_of, table)
+                for at, result in zip(failed, new, strict=True):
+                    if rows[at].error_code is not None:  # else another worker was faster
+                        rows[at] = replace(result, attempts=rows[at].attempts + result.attempts)
+                carried = table.drop_columns(COLUMNS.names)
+                del table  # `rows` hold what it held
+                return await self._write(shard, rows, carried, began, replacing=True)
 
     async def _read_failed(
         self, shard: Shard
@@ -146,15 +153,10 @@ class ShardWorker:
 
         Many shards are rerun at once: what is kept of each meanwhile is only this.
         """
-
-        @storage_retry
-        def failed_rows() -> list[int]:
-            table = read_part(self._config.output, self._plan, shard.index)
-            codes = table["error_code"].to_pylist()
-            return [at for at, code in enumerate(codes) if code is not None]
-
         with self._reads.queued(shard.slices) as read:
-            failed = await asyncio.to_thread(failed_rows)
+            failed = await asyncio.to_thread(
+                storage_retry(failed_rows), self._config.output, self._plan, shard.index
+            )
             if not failed:
                 return [], [], []
             rows, requests, _ = _joined(await read())
