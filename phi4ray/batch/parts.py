@@ -166,7 +166,10 @@ def _length(edges: Sequence[float]) -> Any:
 
 
 class Receipt(Config):
-    """What a part holds, written into the part. Histograms count rows by the edges above."""
+    """What a part holds, written into the part. Histograms count rows by the edges above.
+
+    `rerun_at` is when the last rerun of its failed rows began, if there was one.
+    """
 
     plan_id: str
     shard: Count
@@ -176,6 +179,7 @@ class Receipt(Config):
     completion_tokens: Count
     started_at: float
     finished_at: float
+    rerun_at: float | None = None
     latency_s: Annotated[tuple[Count, ...], _length(LATENCY_EDGES_S)]
     prompt_lengths: Annotated[tuple[Count, ...], _length(TOKEN_EDGES)]
     completion_lengths: Annotated[tuple[Count, ...], _length(TOKEN_EDGES)]
@@ -184,6 +188,11 @@ class Receipt(Config):
     def error_rows(self) -> int:
         """Rows without an answer."""
         return sum(self.errors.values())
+
+    @property
+    def took_s(self) -> float:
+        """How long the run that wrote the part was about it."""
+        return self.finished_at - (self.started_at if self.rerun_at is None else self.rerun_at)
 
 
 def make_receipt(

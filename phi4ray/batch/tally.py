@@ -86,7 +86,7 @@ class Tally:
             receipt.completion_tokens - (before.completion_tokens if before else 0),
         )
         # By this run's clock: the worker's may show another time. What it found was written before.
-        began_s = max(0.0, elapsed_s - (receipt.finished_at - receipt.started_at))
+        began_s = max(0.0, elapsed_s - receipt.took_s)
         if self.engine_began_s is None or began_s < self.engine_began_s:
             self.engine_began_s = began_s
         if self.first_part_s is None:

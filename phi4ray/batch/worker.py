@@ -26,6 +26,7 @@ from phi4ray.batch.parts import (
     put_part,
     read_part,
     read_receipt,
+    receipt_of,
     results_of,
     row_name,
 )
@@ -123,7 +124,7 @@ class ShardWorker:
             results, requests, carried = _joined(await read())
         with self._answers.closing(index):
             await self._answers.answer(index, results, requests)
-            return await self._write(shard, results, carried, began, replacing=False)
+            return await self._write(shard, results, carried, began)
 
     async def _rerun_errors(self, shard: Shard) -> Receipt:
         began = time.monotonic()
@@ -142,9 +143,9 @@ class ShardWorker:
                 for at, result in zip(failed, new, strict=True):
                     if rows[at].error_code is not None:  # else another worker was faster
                         rows[at] = replace(result, attempts=rows[at].attempts + result.attempts)
-                carried = table.drop_columns(COLUMNS.names)
+                carried, before = table.drop_columns(COLUMNS.names), receipt_of(table.schema)
                 del table  # `rows` hold what it held
-                return await self._write(shard, rows, carried, began, replacing=True)
+                return await self._write(shard, rows, carried, began, before)
 
     async def _read_failed(
         self, shard: Shard
@@ -191,13 +192,16 @@ class ShardWorker:
         results: list[Result],
         carried: pa.Table,
         began: float,
-        *,
-        replacing: bool,
+        before: Receipt | None = None,
     ) -> Receipt:
+        """Write a part, or put it in the place of the one with the receipt `before`."""
         # The wall clock may be set meanwhile: it tells when, and never how long.
         finished_at = time.time()
         started_at = finished_at - (time.monotonic() - began)
         receipt = make_receipt(self._plan.plan_id, shard.index, results, started_at, finished_at)
+        if before is not None:
+            first = min(before.started_at, started_at)
+            receipt = receipt.model_copy(update={"started_at": first, "rerun_at": started_at})
 
         async with self._encoding:  # it takes several times the memory of what it writes
             data = await asyncio.to_thread(
@@ -206,6 +210,7 @@ class ShardWorker:
 
         @storage_retry
         def put() -> Receipt:
+            replacing = before is not None
             return put_part(self._config.output, self._plan, receipt, data, replacing=replacing)
 
         return await asyncio.to_thread(put)

@@ -138,6 +138,13 @@ def test_a_part_that_another_run_began_counts_from_this_one_s_start() -> None:
     assert tally.engine_began_s == 0.0
 
 
+def test_a_part_that_is_rerun_counts_from_the_rerun_s_start() -> None:
+    tally = Tally(10, 6, {0: receipt(0, 10, timeout=4)})
+    again = receipt(0, 10, seconds=100.0).model_copy(update={"rerun_at": 98.0})
+    tally.add(again, 5.0)
+    assert tally.engine_began_s == 3.0
+
+
 def test_loads_are_added_up_and_the_use_of_kv_caches_averaged() -> None:
     stats = {
         "a": WorkerStats(rows_in_flight=10, kv_used_fraction=0.25, running=6, waiting=4),

@@ -456,6 +456,21 @@ def test_a_rerun_that_is_run_once_more_leaves_the_part_alone(tmp_path: Path) -> 
     assert (engine.asked, path.read_bytes()) == ([], before)
 
 
+def test_a_rerun_leaves_a_part_its_start_and_tells_its_own(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(3))
+    config, plan = planned(tmp_path, max_attempts=1)
+    broken = refusal("engine_error", "not now", 500)
+    run(config, plan, Engine(lambda prompt, _: broken if prompt == "prompt 1" else None))
+    first = read_receipt(config.output, plan, 0)
+    again = time.time()
+    run(config.model_copy(update={"retry_errors": True}), plan, Engine())
+    second = read_receipt(config.output, plan, 0)
+    assert (second.started_at, second.error_rows) == (first.started_at, 0)
+    assert second.rerun_at is not None
+    assert again - 0.1 <= second.rerun_at <= second.finished_at
+    assert second.took_s == second.finished_at - second.rerun_at
+
+
 def test_of_many_parts_that_are_rerun_few_are_held_whole_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
