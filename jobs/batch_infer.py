@@ -37,7 +37,7 @@ from jobs.flags import (
 )
 from phi4ray.batch.describe import describe_plan
 from phi4ray.batch.executor import Executor
-from phi4ray.batch.planning import obtain_plan
+from phi4ray.batch.planning import chat_template_text, obtain_plan
 from phi4ray.batch.run import run_batch
 from phi4ray.batch.summary import print_summary
 from phi4ray.config import BatchConfig, Endpoint, EngineConfig, OutputFormat, batch_config
@@ -178,7 +178,11 @@ def configuration(arguments: argparse.Namespace) -> BatchConfig:
         flags["sampling"] = pairs("--set", arguments.set)
     config = batch_config(recipe, file, flags)
     # Workers have another folder.
-    absolute = {"engine": local_model(config.engine), "output": normal(config.output)}
+    engine = local_model(config.engine)
+    template = None if arguments.serve else chat_template_text(config)
+    if template is not None and "{" in template:  # else vLLM takes it for a path
+        engine = engine.model_copy(update={"chat_template": template})
+    absolute = {"engine": engine, "output": normal(config.output)}
     return config.model_copy(update=absolute)
 
 

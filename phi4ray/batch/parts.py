@@ -178,7 +178,10 @@ def _length(edges: Sequence[float]) -> Any:
 
 
 class Receipt(Config):
-    """What a part holds, written into the part. Histograms count rows by the edges above."""
+    """What a part holds, written into the part. Histograms count rows by the edges above.
+
+    `rerun_at` is when the last rerun of its failed rows began, if there was one.
+    """
 
     plan_id: str
     shard: Count
@@ -188,6 +191,7 @@ class Receipt(Config):
     completion_tokens: Count
     started_at: float
     finished_at: float
+    rerun_at: float | None = None
     latency_s: Annotated[tuple[Count, ...], _length(LATENCY_EDGES_S)]
     prompt_lengths: Annotated[tuple[Count, ...], _length(TOKEN_EDGES)]
     completion_lengths: Annotated[tuple[Count, ...], _length(TOKEN_EDGES)]
@@ -196,6 +200,11 @@ class Receipt(Config):
     def error_rows(self) -> int:
         """Rows without an answer."""
         return sum(self.errors.values())
+
+    @property
+    def took_s(self) -> float:
+        """How long the run that wrote the part was about it."""
+        return self.finished_at - (self.started_at if self.rerun_at is None else self.rerun_at)
 
 
 def make_receipt(
@@ -336,6 +345,22 @@ def read_table(uri: str) -> pa.Table:
     except (pa.ArrowException, KeyError, OSError, ValueError) as error:
         raise _no_part(uri) from error
     return table
+
+
+def failed_rows(output: str, plan: Plan, shard: int) -> list[int]:
+    """The places of a part's rows without an answer; of the part, one column is read.
+
+    Raises:
+        ObjectNotFoundError: the shard is not done.
+        IncompleteOutputError: the object is no part.
+    """
+    uri = join(output, plan.part_name(shard))
+    with storage_for(uri).open(uri) as stream:
+        try:
+            codes = pq.read_table(stream, columns=["error_code"])["error_code"].to_pylist()
+        except (pa.ArrowException, KeyError, OSError, ValueError) as error:
+            raise _no_part(uri) from error
+    return [at for at, code in enumerate(codes) if code is not None]
 
 
 def read_receipt(output: str, plan: Plan, shard: int) -> Receipt:

@@ -5,6 +5,7 @@ in any order. A line belongs to the unit in which it starts.
 """
 
 import hashlib
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -137,7 +138,7 @@ def _plain_rows(item: Input, unit: Unit, max_row_bytes: int) -> Iterator[Row]:
 def _scan_lines(item: Input, rows: Iterable[Row], unit: Unit, cut: Cut, limit: int | None) -> Scan:
     scan = Scan()
     kinds: defaultdict[str, set[str]] = defaultdict(set)
-    ids: list[int] = []
+    ids = array("Q")  # of a whole file, if it is compressed
     count = first = last = size = longest = 0
     for line, start, end, length in rows:
         if count and (count == cut.rows or size + length > cut.bytes):
@@ -202,7 +203,7 @@ def _scan_parquet(item: Input, unit: Unit, cut: Cut) -> Scan:
     size = sum(file.metadata.row_group(group).total_byte_size for group in range(groups))
     a_row = max(1, size // max(1, total))
     step = max(1, min(cut.rows, cut.bytes // a_row))
-    digests: list[int] = []
+    digests = array("Q")
     left = max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * item.size)
     if names := [name for name in ID_COLUMNS if name in schema.names]:
         for table in read_batches(item, file, names):
@@ -212,13 +213,13 @@ def _scan_parquet(item: Input, unit: Unit, cut: Cut) -> Scan:
                     f"{item.uri} has ids that take more than {MAX_UNPACKED_RATIO} times its size: "
                     "give it shorter ones"
                 )
-            digests += map(_digest, records_of(table.select(names)))
+            digests.extend(map(_digest, records_of(table.select(names))))
     return Scan(
         slices=[
             _slice(unit, min(step, total - row), 0, 0, a_row * min(step, total - row))
             for row in range(0, total, step)
         ],
-        ids=np.array(digests if any(digests) else [], np.uint64),
+        ids=np.array(digests if any(digests) else (), np.uint64),
         schema=pa.schema([column for column in schema if column.name not in own]),
     )
 

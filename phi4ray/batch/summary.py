@@ -21,6 +21,8 @@ class RunFacts:
 
     `engine_s` is from a replica's taking the first shard to the last part's being durable, and
     `first_part_s` from the run's start to its first durable part; None where nothing had to run.
+    `gpu_hours` are those of the replicas that there were from moment to moment, see
+    `Tally.replica_s`.
     """
 
     started_at: float
@@ -45,7 +47,6 @@ def facts_of(
     engine_s = None
     if tally.engine_began_s is not None and tally.last_part_s is not None:
         engine_s = tally.last_part_s - tally.engine_began_s
-    gpus = tally.most_replicas * config.engine.gpus_per_replica
     return RunFacts(
         started_at=started_at,
         elapsed_s=snapshot.elapsed_s,
@@ -54,7 +55,7 @@ def facts_of(
         rows=snapshot.rows_done - snapshot.rows_resumed,
         prompt_tokens=snapshot.prompt_tokens,
         completion_tokens=snapshot.completion_tokens,
-        gpu_hours=gpus * snapshot.elapsed_s / 3600,
+        gpu_hours=tally.replica_s * config.engine.gpus_per_replica / 3600,
         history=history,
     )
 

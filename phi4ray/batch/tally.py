@@ -71,7 +71,13 @@ class Tally:
         self.last_part_s: float | None = None
         self.engine_began_s: float | None = None
         """When a replica took this run's first shard."""
-        self.most_replicas = 0
+        self.replica_s = 0.0
+        """How long replicas were held, added up: each counts while it tells of itself, from one
+        snapshot to the next, and for its start as long as the first took from the run's start.
+        """
+        self._replicas, self._looked_at_s = 0, 0.0
+        self._known: set[str] = set()
+        self._start_s: float | None = None
 
     def add(self, receipt: Receipt, elapsed_s: float) -> None:
         """Count a part that is written. One that is told twice, by a retried task, counts once."""
@@ -86,7 +92,7 @@ class Tally:
             receipt.completion_tokens - (before.completion_tokens if before else 0),
         )
         # By this run's clock: the worker's may show another time. What it found was written before.
-        began_s = max(0.0, elapsed_s - (receipt.finished_at - receipt.started_at))
+        began_s = max(0.0, elapsed_s - receipt.took_s)
         if self.engine_began_s is None or began_s < self.engine_began_s:
             self.engine_began_s = began_s
         if self.first_part_s is None:
@@ -95,7 +101,7 @@ class Tally:
 
     def snapshot(self, stats: Mapping[str, WorkerStats], elapsed_s: float) -> Snapshot:
         """The totals now, of written parts and of what is finished of others."""
-        self.most_replicas = max(self.most_replicas, len(stats))
+        self._hold(stats, elapsed_s)
         # A shard that its worker does not tell of any more is written, and its receipt on the way;
         # what a worker had open that is gone is lost.
         self._open = {
@@ -128,6 +134,15 @@ class Tally:
             replicas=len(stats),
             elapsed_s=elapsed_s,
         )
+
+    def _hold(self, stats: Mapping[str, WorkerStats], elapsed_s: float) -> None:
+        if stats and self._start_s is None:
+            self._start_s = elapsed_s
+        new = stats.keys() - self._known
+        held_s = self._replicas * (elapsed_s - self._looked_at_s)
+        self.replica_s += held_s + len(new) * (self._start_s or 0.0)
+        self._known |= new
+        self._replicas, self._looked_at_s = len(stats), elapsed_s
 
     def check_errors(
         self, snapshot: Snapshot, max_error_fraction: float | None, *, final: bool = False

@@ -20,11 +20,13 @@ from phi4ray.batch.parts import (
     Receipt,
     Result,
     encode_part,
+    failed_rows,
     make_receipt,
     part_reader,
     put_part,
     read_part,
     read_receipt,
+    receipt_of,
     results_of,
     row_name,
 )
@@ -42,6 +44,9 @@ storage_retry = tenacity.retry(
     reraise=True,
 )
 """Rides out an outage of the store: a shard's answers are worth ten minutes of waiting."""
+
+REWRITTEN_AT_ONCE = 2
+"""Parts held whole to put rows into: one waits for the store while the other is encoded."""
 
 
 Rows = tuple[list[Result], list[Request | None], pa.Table]
@@ -76,6 +81,7 @@ class ShardWorker:
         self._reads = Reads(plan.inputs, storage_retry(self._read))
         self._answers = Answers(config, replica)
         self._encoding = asyncio.Lock()
+        self._rewriting = asyncio.Semaphore(REWRITTEN_AT_ONCE)
 
     def stop(self, error: RowError) -> None:
         """Give every row that is not answered yet this error; those in flight are aborted.
@@ -118,7 +124,7 @@ class ShardWorker:
             results, requests, carried = _joined(await read())
         with self._answers.closing(index):
             await self._answers.answer(index, results, requests)
-            return await self._write(shard, results, carried, began, replacing=False)
+            return await self._write(shard, results, carried, began)
 
     async def _rerun_errors(self, shard: Shard) -> Receipt:
         began = time.monotonic()
@@ -129,16 +135,18 @@ class ShardWorker:
             )
         with self._answers.closing(shard.index):
             await self._answers.answer(shard.index, new, requests)
-            table = await asyncio.to_thread(
-                storage_retry(read_part), self._config.output, self._plan, shard.index
-            )
-            rows = results_of(table)
-            for at, result in zip(failed, new, strict=True):
-                if rows[at].error_code is not None:  # else another worker was faster
-                    rows[at] = replace(result, attempts=rows[at].attempts + result.attempts)
-            carried = table.drop_columns(COLUMNS.names)
-            carried, _ = conform(carried, lasting(carried.schema))  # parts of earlier versions
-            return await self._write(shard, rows, carried, began, replacing=True)
+            async with self._rewriting:
+                table = await asyncio.to_thread(
+                    storage_retry(read_part), self._config.output, self._plan, shard.index
+                )
+                rows = await asyncio.to_thread(results_of, table)
+                for at, result in zip(failed, new, strict=True):
+                    if rows[at].error_code is not None:  # else another worker was faster
+                        rows[at] = replace(result, attempts=rows[at].attempts + result.attempts)
+                carried, before = table.drop_columns(COLUMNS.names), receipt_of(table.schema)
+                carried, _ = conform(carried, lasting(carried.schema))  # of an earlier version
+                del table  # `rows` hold what it held
+                return await self._write(shard, rows, carried, began, before)
 
     async def _read_failed(
         self, shard: Shard
@@ -147,15 +155,10 @@ class ShardWorker:
 
         Many shards are rerun at once: what is kept of each meanwhile is only this.
         """
-
-        @storage_retry
-        def failed_rows() -> list[int]:
-            table = read_part(self._config.output, self._plan, shard.index)
-            codes = table["error_code"].to_pylist()
-            return [at for at, code in enumerate(codes) if code is not None]
-
         with self._reads.queued(shard.slices) as read:
-            failed = await asyncio.to_thread(failed_rows)
+            failed = await asyncio.to_thread(
+                storage_retry(failed_rows), self._config.output, self._plan, shard.index
+            )
             if not failed:
                 return [], [], []
             rows, requests, _ = _joined(await read())
@@ -190,13 +193,16 @@ class ShardWorker:
         results: list[Result],
         carried: pa.Table,
         began: float,
-        *,
-        replacing: bool,
+        before: Receipt | None = None,
     ) -> Receipt:
+        """Write a part, or put it in the place of the one with the receipt `before`."""
         # The wall clock may be set meanwhile: it tells when, and never how long.
         finished_at = time.time()
         started_at = finished_at - (time.monotonic() - began)
         receipt = make_receipt(self._plan.plan_id, shard.index, results, started_at, finished_at)
+        if before is not None:
+            first = min(before.started_at, started_at)
+            receipt = receipt.model_copy(update={"started_at": first, "rerun_at": started_at})
 
         async with self._encoding:  # it takes several times the memory of what it writes
             data = await asyncio.to_thread(
@@ -205,6 +211,7 @@ class ShardWorker:
 
         @storage_retry
         def put() -> Receipt:
+            replacing = before is not None
             return put_part(self._config.output, self._plan, receipt, data, replacing=replacing)
 
         return await asyncio.to_thread(put)

@@ -69,3 +69,13 @@ def test_how_many_replicas_there_are_is_the_services(tmp_path: Path) -> None:
         configured(tmp_path, "", "--max-replicas", "2")
     with pytest.raises(ConfigError, match="leave out min_replicas"):
         configured(tmp_path, "min_replicas: 2")
+
+
+def test_without_a_service_workers_are_sent_the_text_of_a_chat_template_s_file(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "t.jinja"
+    path.write_text("{{ messages }}")
+    given = ["--input", "a.jsonl", "--output", "o", "--model", "m"]
+    given += ["--engine-arg", f"chat_template={path}"]
+    assert configuration(parser().parse_args(given)).engine.chat_template == "{{ messages }}"

@@ -23,6 +23,7 @@ from phi4ray.batch.parts import (
     Result,
     encode_part,
     error_of,
+    failed_rows,
     histogram,
     make_receipt,
     output_name,
@@ -172,6 +173,20 @@ def test_a_receipt_survives_its_part(tmp_path: Path) -> None:
     assert read_part(str(tmp_path), plan, 1).equals(table, check_metadata=True)
 
 
+def test_the_failed_rows_of_a_part_are_found_by_reading_one_column(tmp_path: Path) -> None:
+    plan = plan_of()
+    write_part(str(tmp_path), plan, part_of(plan, 1, rows(10, errors=3)[::-1]))
+    path = tmp_path / plan.part_name(1)
+    data, columns = bytearray(path.read_bytes()), pq.read_metadata(path).row_group(0)
+    response = columns.column(COLUMNS.get_field_index("response"))
+    first, size = response.dictionary_page_offset, response.total_compressed_size
+    data[first : first + size] = bytes(size)
+    path.write_bytes(data)
+    with pytest.raises(IncompleteOutputError):
+        read_part(str(tmp_path), plan, 1)
+    assert failed_rows(str(tmp_path), plan, 1) == [7, 8, 9]
+
+
 results = st.builds(
     Result,
     id=st.text(),
@@ -288,6 +303,8 @@ def test_a_rerun_replaces_a_part(tmp_path: Path) -> None:
 def test_a_missing_part_is_no_broken_one(tmp_path: Path) -> None:
     with pytest.raises(ObjectNotFoundError):
         read_receipt(str(tmp_path), plan_of(), 0)
+    with pytest.raises(ObjectNotFoundError):
+        failed_rows(str(tmp_path), plan_of(), 0)
 
 
 def footer_zeroed(data: bytes) -> bytes:
@@ -315,6 +332,8 @@ def test_an_object_in_a_parts_place_that_is_none_is_refused_by_name(
     path.write_bytes(broken(path.read_bytes()))
     with pytest.raises(IncompleteOutputError, match=rf"{path.name}.*delete it and run"):
         read_receipt(str(tmp_path), plan, 0)
+    with pytest.raises(IncompleteOutputError, match=rf"{path.name}.*delete it and run"):
+        failed_rows(str(tmp_path), plan, 0)
 
 
 @pytest.mark.parametrize("metadata", [None, {RECEIPT_KEY: b"{}"}, {RECEIPT_KEY: b"\xff"}])

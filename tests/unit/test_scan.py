@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import tempfile
+import tracemalloc
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -296,6 +297,28 @@ def test_duplicates_are_counted_over_all_files_with_the_first_pair(tmp_path: Pat
         f"{tmp_path}/in/a.jsonl#0 and {tmp_path}/in/a.jsonl#2",
         f"{tmp_path}/in/a.jsonl#1 and {tmp_path}/in/b.parquet#2",
     }
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])
+def test_of_a_whole_file_s_ids_a_few_bytes_each_are_held(tmp_path: Path, name: str) -> None:
+    def peak(rows: int) -> int:
+        ids, path = [f"row-{n}" for n in range(rows)], tmp_path / f"{rows}-{name}"
+        if name.endswith(".parquet"):
+            write_parquet(path, pa.table({"id": ids, "prompt": ids}), row_group_size=1000)
+        else:
+            lines = (json.dumps({"id": one, "prompt": "p"}) for one in ids)
+            path.write_bytes(gzip.compress("\n".join(lines).encode(), 1))
+        found = storage_for(str(path)).head(str(path))
+        item = Input(uri=found.uri, size=found.size, etag=found.etag)
+        tracemalloc.start()
+        try:
+            assert len(scan_unit(item, Unit(0, 0, item.size), Cut(1000, 1 << 20)).ids) == rows
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(10)  # what is imported and cached the first time
+    assert peak(50_000) - peak(35_000) < 15_000 * 30
 
 
 def test_rows_without_an_id_are_no_duplicates(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from phi4ray.batch.answers import Done
 from phi4ray.batch.executor import InProcessExecutor
 from phi4ray.batch.parts import Receipt, Result, make_receipt
 from phi4ray.batch.planning import obtain_plan
+from phi4ray.batch.summary import facts_of
 from phi4ray.batch.tally import Snapshot, Tally
 from phi4ray.batch.worker import WorkerStats
 from phi4ray.config import batch_config
@@ -114,14 +115,34 @@ def test_a_receipt_that_comes_twice_counts_once() -> None:
     assert tally.last_part_s == 1.0
 
 
-def test_times_of_parts_and_the_peak_of_replicas_are_kept() -> None:
+def test_times_of_parts_are_kept() -> None:
     tally = Tally(1000, 0)
     tally.snapshot({"a": WorkerStats(), "b": WorkerStats()}, 1.0)
     tally.add(receipt(1, 10), 4.0)
     tally.add(receipt(0, 10, seconds=6.0), 7.5)
     tally.snapshot({"a": WorkerStats()}, 8.0)
     assert (tally.first_part_s, tally.last_part_s) == (4.0, 7.5)
-    assert (tally.engine_began_s, tally.most_replicas) == (1.5, 2)
+    assert tally.engine_began_s == 1.5
+
+
+def test_replicas_that_come_late_are_paid_for_only_since_then() -> None:
+    tally, first = Tally(1000, 0), {"a": WorkerStats()}
+    for hour in range(11):
+        tally.snapshot(first, 3600.0 * hour)
+    last = tally.snapshot({name: WorkerStats() for name in "abcdefghijklmnop"}, 36000.0)
+    config = batch_config({"input": ["x"], "output": "y", "engine": {"model": "m"}})
+    assert facts_of(config, tally, last, 0.0, []).gpu_hours == 10.0
+
+
+def test_replicas_are_paid_for_while_they_start_and_not_once_they_are_gone() -> None:
+    tally = Tally(1000, 0)
+    tally.snapshot({}, 0.0)
+    tally.snapshot({"a": WorkerStats()}, 60.0)  # took a minute to start, as "b" did
+    tally.snapshot({"a": WorkerStats(), "b": WorkerStats()}, 100.0)
+    tally.snapshot({"b": WorkerStats()}, 110.0)
+    tally.snapshot({"a": WorkerStats(), "b": WorkerStats()}, 130.0)  # the process was lost
+    tally.snapshot({}, 135.0)
+    assert tally.replica_s == 60 + 40 + 60 + 2 * 10 + 20 + 2 * 5
 
 
 @given(st.lists(st.floats(-1e10, 1e10), min_size=1, max_size=5))
@@ -136,6 +157,13 @@ def test_a_part_that_another_run_began_counts_from_this_one_s_start() -> None:
     tally = Tally(1000, 0)
     tally.add(receipt(0, 10, seconds=100.0), 5.0)
     assert tally.engine_began_s == 0.0
+
+
+def test_a_part_that_is_rerun_counts_from_the_rerun_s_start() -> None:
+    tally = Tally(10, 6, {0: receipt(0, 10, timeout=4)})
+    again = receipt(0, 10, seconds=100.0).model_copy(update={"rerun_at": 98.0})
+    tally.add(again, 5.0)
+    assert tally.engine_began_s == 3.0
 
 
 def test_loads_are_added_up_and_the_use_of_kv_caches_averaged() -> None:

@@ -20,10 +20,17 @@ from phi4ray.batch import parts as parts_module
 from phi4ray.batch import worker as worker_module
 from phi4ray.batch.answers import Done
 from phi4ray.batch.executor import InProcessExecutor
-from phi4ray.batch.parts import PACK_FROM_BYTES, Result, encode_part, part_reader, read_receipt
+from phi4ray.batch.parts import (
+    PACK_FROM_BYTES,
+    Receipt,
+    Result,
+    encode_part,
+    part_reader,
+    read_receipt,
+)
 from phi4ray.batch.plan import Plan
 from phi4ray.batch.planning import obtain_plan
-from phi4ray.batch.worker import ShardWorker
+from phi4ray.batch.worker import REWRITTEN_AT_ONCE, ShardWorker
 from phi4ray.config import BatchConfig, Endpoint
 from phi4ray.errors import (
     AccessDeniedError,
@@ -492,6 +499,51 @@ def test_a_rerun_that_is_run_once_more_leaves_the_part_alone(tmp_path: Path) -> 
     engine = Engine()
     run(config.model_copy(update={"retry_errors": True}), plan, engine)
     assert (engine.asked, path.read_bytes()) == ([], before)
+
+
+def test_a_rerun_leaves_a_part_its_start_and_tells_its_own(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(3))
+    config, plan = planned(tmp_path, max_attempts=1)
+    broken = refusal("engine_error", "not now", 500)
+    run(config, plan, Engine(lambda prompt, _: broken if prompt == "prompt 1" else None))
+    first = read_receipt(config.output, plan, 0)
+    again = time.time()
+    run(config.model_copy(update={"retry_errors": True}), plan, Engine())
+    second = read_receipt(config.output, plan, 0)
+    assert (second.started_at, second.error_rows) == (first.started_at, 0)
+    assert second.rerun_at is not None
+    assert again - 0.1 <= second.rerun_at <= second.finished_at
+    assert second.took_s == second.finished_at - second.rerun_at
+
+
+def test_of_many_parts_that_are_rerun_few_are_held_whole_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", prompts(100))
+    config, plan = planned(tmp_path, max_attempts=1, shard_rows=5)
+    broken = refusal("engine_error", "not now", 500)
+    run(config, plan, Engine(lambda prompt, _: broken if int(prompt[7:]) % 5 == 3 else None))
+    held: set[int] = set()
+    most = 0
+
+    def read(output: str, plan: Plan, shard: int) -> pa.Table:
+        nonlocal most
+        held.add(shard)
+        most = max(most, len(held))
+        return parts_module.read_part(output, plan, shard)
+
+    def put(output: str, plan: Plan, receipt: Receipt, data: bytes, **how: Any) -> Receipt:
+        time.sleep(0.002)
+        held.discard(receipt.shard)
+        return parts_module.put_part(output, plan, receipt, data, **how)
+
+    monkeypatch.setattr(worker_module, "read_part", read)
+    monkeypatch.setattr(worker_module, "put_part", put)
+    run(config.model_copy(update={"retry_errors": True}), plan, Engine(latency_s=0.01))
+    assert [row["text"] for row in rows_of(config)] == [
+        fake_text(f"prompt {n}") for n in range(100)
+    ]
+    assert 1 <= most <= REWRITTEN_AT_ONCE
 
 
 # The store's faults
