@@ -38,19 +38,22 @@ FILES: Final = "/v1/files"
 
 BATCHES: Final = "/v1/batches"
 
-
-CLIENTS: Final = GENERATING | {
-    "/v1/models",
-    "/tokenize",
-    "/detokenize",
-    "/tokenizer_info",
-    "/v1/messages/count_tokens",
-    "/v1/audio/transcriptions",
-    "/v1/audio/translations",
-    "/docs",
-    "/redoc",
-    "/openapi.json",
-}
+CLIENTS: Final = frozenset(
+    {
+        *GENERATING,
+        *OPEN,
+        "/v1/models",
+        "/tokenize",
+        "/detokenize",
+        "/tokenizer_info",
+        "/v1/messages/count_tokens",
+        "/v1/audio/transcriptions",
+        "/v1/audio/translations",
+        "/docs",
+        "/redoc",
+        "/openapi.json",
+    }
+)
 """What vLLM has for clients. The rest is for whoever runs it: to put it to sleep, to scale it, to
 load adapters or weights, to abort requests of others."""
 

@@ -342,6 +342,7 @@ def test_a_tenant_with_models_may_not_ask_where_a_header_names_one(tmp_path: Pat
         ("/v1/responses/resp_1/cancel", 200),
         ("/v1/completions/render", 200),
         ("/tokenize", 200),
+        ("/metrics", 200),
         ("/v1/batches/batch_1/cancel", 200),
         ("/scale_elastic_ep", 404),
         ("/sleep", 404),
