@@ -25,7 +25,7 @@ from phi4ray.batch.parts import error_of
 from phi4ray.config import Endpoint, EngineConfig
 from phi4ray.demand import sequences_of
 from phi4ray.engines import make_replica
-from phi4ray.errors import EngineDeadError, EngineStartError
+from phi4ray.errors import ConfigError, EngineDeadError, EngineStartError
 from phi4ray.orphans import MARK, kill_orphans
 from phi4ray.preemption import Preemptible
 from phi4ray.protocol import Answer, Json, OnlineReplica
@@ -528,6 +528,38 @@ def test_an_engine_that_cannot_start_names_the_cause(tmp_path: Path) -> None:
     config = EngineConfig(model=str(tmp_path / "no-such-model"))
     with pytest.raises(EngineStartError, match="no-such-model"):
         Running(config)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("argument", "advice"),
+    [
+        ({"api_key": ["secret"]}, "api_key: give keys by gate.keys_file"),
+        ({"root_path": "/api"}, "root_path: give the application a route_prefix"),
+        ({"served_model_name": ["other"]}, "served_model_name: set engine.served_model_name"),
+        ({"no_such": 1}, "no engine argument 'no_such'"),
+    ],
+)
+def test_arguments_that_would_hold_for_a_part_of_the_service_are_refused(
+    argument: Json, advice: str
+) -> None:
+    from phi4ray.replica.arguments import server_args
+
+    with pytest.raises(ConfigError, match=advice):
+        server_args(EngineConfig(model="m", engine_args=argument))
+
+
+@pytest.mark.engine
+def test_nor_is_vllms_own_key_for_all_taken_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from phi4ray.replica.arguments import server_args
+
+    with pytest.raises(ConfigError, match=r"unset VLLM_API_KEY: give keys by gate\.keys_file"):
+        server_args(EngineConfig(model="m", env={"VLLM_API_KEY": "secret"}))
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    with pytest.raises(ConfigError, match="unset VLLM_API_KEY"):
+        server_args(EngineConfig(model="m"))
 
 
 def test_a_fake_fails_to_start_as_planned() -> None:

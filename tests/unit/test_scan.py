@@ -299,6 +299,7 @@ def test_duplicates_are_counted_over_all_files_with_the_first_pair(tmp_path: Pat
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])
 def test_of_a_whole_file_s_ids_a_few_bytes_each_are_held(tmp_path: Path, name: str) -> None:
     def peak(rows: int) -> int:
