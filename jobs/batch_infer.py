@@ -22,13 +22,13 @@ from cluster.local import connected
 from cluster.metrics import JobMetrics
 from jobs.flags import (
     ENGINE_FLAGS,
-    INTERRUPTED,
     Flags,
     add_fields,
     add_gpu,
     cards_of,
     engine_layer,
     file_layer,
+    interrupted,
     local_model,
     new_console,
     new_parser,
@@ -98,8 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Phi4rayError as error:
         return told(error)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the parts that are done", file=sys.stderr)
-        return INTERRUPTED
+        return interrupted("the same command goes on from the parts that are done")
     print_summary(console, summary)
     return 3 if summary.error_rows else 0
 

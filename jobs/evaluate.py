@@ -22,11 +22,11 @@ from cluster.batch import RayExecutor, logs_wanted
 from cluster.local import connected
 from jobs.flags import (
     ENGINE_FLAGS,
-    INTERRUPTED,
     Flags,
     add_fields,
     engine_layer,
     file_layer,
+    interrupted,
     local_model,
     new_console,
     new_parser,
@@ -74,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Phi4rayError as error:
         return told(error)
     except KeyboardInterrupt:
-        print("interrupted: run again, batches go on from their finished parts", file=sys.stderr)
-        return INTERRUPTED
+        return interrupted("run again, batches go on from their finished parts")
     print(render(report), end="")
     return {"fail": 3, "undecided": 4}.get(report.verdict or "", 0)
 

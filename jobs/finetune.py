@@ -18,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a
 from cluster.local import connected
 from cluster.train import RayHost
 from jobs.flags import (
-    INTERRUPTED,
     Flags,
     add_config,
     add_fields,
     bare_parser,
     file_layer,
+    interrupted,
     new_console,
     pairs,
     told,
@@ -73,10 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Phi4rayError as error:
         return told(error)
     except KeyboardInterrupt:
-        print(
-            "interrupted: the same command goes on from the last whole checkpoint", file=sys.stderr
-        )
-        return INTERRUPTED
+        return interrupted("the same command goes on from the last whole checkpoint")
     console.print(f"loss {summary.points[0].loss:.4f} → {summary.points[-1].loss:.4f}")
     console.print(f"the model: {summary.model}\nthe report: {summary.report}")
     return 0

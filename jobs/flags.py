@@ -49,6 +49,12 @@ def told(error: Phi4rayError) -> int:
     return 1
 
 
+def interrupted(what_now: str) -> int:
+    """Say on stderr what is left of an interrupted job, and how it goes on; gives its exit code."""
+    print(f"interrupted: {what_now}", file=sys.stderr)
+    return INTERRUPTED
+
+
 def bare_parser(program: str, description: str, epilog: str) -> argparse.ArgumentParser:
     """A parser without flags; what a flag's absence means is in the config models."""
     return argparse.ArgumentParser(

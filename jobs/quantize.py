@@ -21,12 +21,12 @@ from typing import get_args
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
 from jobs.flags import (
-    INTERRUPTED,
     Flags,
     add_config,
     add_fields,
     bare_parser,
     file_layer,
+    interrupted,
     new_console,
     told,
 )
@@ -67,10 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Phi4rayError as error:
         return told(error)
     except KeyboardInterrupt:
-        print(
-            "interrupted: no checkpoint was written, the same command begins anew", file=sys.stderr
-        )
-        return INTERRUPTED
+        return interrupted("no checkpoint was written, the same command begins anew")
     console.print(
         f"{result.bytes_before / GIB:.3f} GiB → {result.bytes_after / GIB:.3f} GiB in "
         f"{result.seconds:.0f} s: {result.output}"

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from phi4ray.batches.config import BatchesConfig
 from phi4ray.batches.params import ApiError
 from phi4ray.batches.records import FILE_ID, FileRecord
-from phi4ray.batches.store import Store, owner_of
+from phi4ray.batches.store import Store, owner_of, readable
 from phi4ray.errors import StorageError, TransientStorageError
 from phi4ray.protocol import Json
 from phi4ray.serve.state import State
@@ -75,22 +75,15 @@ class Door:
         One more than `limit`, if there are as many. What this version cannot read is passed over:
         an older one may have to live with what a newer one wrote.
         """
-
-        def readable(identifier: str) -> T | None:
-            try:
-                return read(owner, identifier)
-            except TransientStorageError:
-                raise
-            except StorageError as error:
-                logger.error("%s is passed over: %s", identifier, error)
-                return None
-
         found: list[T] = []
         step = min(limit + 1, PAGE_RECORDS)
         for start in range(0, len(ids), step):
-            each = (self.thread(readable, one) for one in ids[start : start + step])
-            records = await asyncio.gather(*each)
-            found += [record for record in records if record is not None and wanted(record)]
+            each = (self.thread(readable, read, owner, one) for one in ids[start : start + step])
+            found += [
+                record
+                for record in await asyncio.gather(*each)
+                if record is not None and not isinstance(record, StorageError) and wanted(record)
+            ]
             if len(found) > limit:
                 break
         return found[: limit + 1]

@@ -17,8 +17,8 @@ runner is being replaced, two may be at work: an end stands whatever either writ
 import contextlib
 import logging
 import re
-from collections.abc import Iterator
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, ParamSpec, TypeVar
 from urllib.parse import quote
 
 from pydantic import ValidationError
@@ -41,6 +41,8 @@ from phi4ray.errors import (
 )
 from phi4ray.storage import TEMPORARY, ObjectInfo, join, storage_for
 
+P = ParamSpec("P")
+T = TypeVar("T")
 R = TypeVar("R", bound=Config)
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,21 @@ class Key(NamedTuple):
 def owner_of(tenant: str | None) -> str:
     """The folder of a tenant's files and batches; None where no keys are asked for."""
     return "everyone" if tenant is None else f"tenant-{quote(tenant, safe='')}"
+
+
+def readable(read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | StorageError:
+    """What a call reads, or why this version cannot: a newer one may have written it.
+
+    Raises:
+        TransientStorageError: the store failed, which says nothing of what is in it.
+    """
+    try:
+        return read(*args, **kwargs)
+    except TransientStorageError:
+        raise
+    except StorageError as error:
+        logger.error("passed over: %s", error)
+        return error
 
 
 class Store:
@@ -98,17 +115,9 @@ class Store:
     def all_files(self) -> tuple[dict[Key, FileRecord], set[Key]]:
         """Every owner's files, and those whose records cannot be read."""
 
-        def read(key: Key) -> FileRecord | StorageError | None:
-            try:
-                return self.file(key.owner, key.id)
-            except TransientStorageError:
-                raise
-            except StorageError as error:
-                logger.error("a file is passed over: %s", error)
-                return error
-
         keys = list(self._keys("files/", FILE_ID, ".json"))
-        found = dict(zip(keys, threaded(read, keys), strict=True))
+        records = threaded(lambda key: readable(self.file, key.owner, key.id), keys)
+        found = dict(zip(keys, records, strict=True))
         return (
             {key: record for key, record in found.items() if isinstance(record, FileRecord)},
             {key for key, record in found.items() if isinstance(record, StorageError)},
@@ -187,16 +196,15 @@ class Store:
 
     def reader_of(self, owner: str, file_id: str) -> str | None:
         """A batch that has not ended and reads this file."""
+
+        def reads(key: Key) -> bool:
+            request = self.request(key)
+            mine = request is not None and request.input_file_id == file_id
+            return mine and not self.state(key).ended
+
         for key in self.open_batches(owner):
-            try:
-                request = self.request(key)
-                reads = request is not None and request.input_file_id == file_id
-                if reads and not self.state(key).ended:
-                    return key.id
-            except TransientStorageError:
-                raise
-            except StorageError as error:
-                logger.error("a batch is passed over: %s", error)  # which nobody can run either
+            if readable(reads, key) is True:  # one that cannot be read nobody can run either
+                return key.id
         return None
 
     def close_batch(self, key: Key) -> None:

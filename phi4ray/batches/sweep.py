@@ -1,14 +1,10 @@
 """What nobody can ask for any more goes out of the store: expired files, and what crashes left."""
 
-import logging
-
 from phi4ray.batch.executor import threaded
 from phi4ray.batches.config import DAY_S
 from phi4ray.batches.records import age_s, is_result
-from phi4ray.batches.store import Key, Store
-from phi4ray.errors import StorageError, TransientStorageError
-
-logger = logging.getLogger(__name__)
+from phi4ray.batches.store import Key, Store, readable
+from phi4ray.errors import StorageError
 
 
 def sweep(store: Store, now_s: float) -> None:
@@ -59,14 +55,9 @@ def _inputs(store: Store, batches: set[Key]) -> tuple[set[Key], set[str]]:
     """The files that batches read, and the owners of whose batches that cannot be told."""
     inputs, unclear = set(), set()
     for key in batches:
-        try:
-            request = store.request(key)
-        except TransientStorageError:
-            raise
-        except StorageError as error:
-            logger.error("a batch is not swept: %s", error)
+        request = readable(store.request, key)
+        if isinstance(request, StorageError):
             unclear.add(key.owner)
-            continue
-        if request is not None:
+        elif request is not None:
             inputs.add(Key(key.owner, request.input_file_id))
     return inputs, unclear
